@@ -1,0 +1,82 @@
+"""Rewards to advantages: pure functions on (B, T) tensors.
+
+Column t of every tensor belongs to the t-th action of its row, and mask (B, T) is True where the policy acted. Elsewhere
+inputs are ignored and outputs are zero; time is counted in actions, so prompts and padding take none.
+"""
+
+import torch
+
+
+def token_rewards(scores, mask, logp, ref_logp, kl_coef):
+    """The reward of each action: r_t = -β (log π(a_t|s_t) - log π_ref(a_t|s_t)), and on the last action the score too.
+
+    scores: (B,), one per sequence.  mask: (B, T).  logp, ref_logp: (B, T), of the sampled actions.  kl_coef: β, reward per
+    nat.  Returns (B, T). The sum over a row is score - β · (the row's sampled log-ratio), whose expectation is
+    score - β KL(π‖π_ref).  Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", equation 2.
+    """
+    rewards = -kl_coef * (logp - ref_logp) * mask
+    actions_left = mask.flip(1).cumsum(1).flip(1)  # (B, T), this one included
+    last = mask & (actions_left == 1)
+    return rewards + scores[:, None] * last  # the reward sits on the last action: the end of text, where there is one
+
+
+def discounted_returns(rewards, mask, gamma):
+    """Reward-to-go: G_t = r_t + γ G_{t+1}, zero after the last action.
+
+    rewards, mask: (B, T).  gamma: discount per action, in [0, 1].  Returns (B, T).
+    """
+    returns = torch.zeros_like(rewards)
+    G = torch.zeros_like(rewards[:, 0])  # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        G = torch.where(mask[:, t], rewards[:, t] + gamma * G, G)
+        returns[:, t] = G
+    return returns * mask
+
+
+def gae(rewards, values, mask, gamma, lam, bootstrap=None):
+    """Generalized advantage estimation: A_t = Σ_k (γλ)^k δ_{t+k}, with δ_t = r_t + γ V(s_{t+1}) - V(s_t).
+
+    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return less the baseline V.
+    rewards, values, mask: (B, T), values the critic's V(s_t) before action t.  gamma, lam: in [0, 1].
+    bootstrap: (B,) the value of the state after the last action, where a time limit cut an episode that would have gone on;
+    None for episodes that ended by themselves.
+    Returns advantages (B, T) and returns (B, T) = advantages + values, the critic's targets.
+    Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", equation 16.
+    """
+    advantages = torch.zeros_like(rewards)
+    adv = torch.zeros_like(rewards[:, 0])  # (B,) A_{t+1}
+    next_value = adv if bootstrap is None else bootstrap  # (B,) V(s_{t+1})
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        adv = torch.where(mask[:, t], delta + gamma * lam * adv, adv)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = adv
+    return advantages * mask, (advantages + values) * mask
+
+
+def leave_one_out(scores, group_size):
+    """Each score less the mean of the others in its group: a baseline that does not depend on the action, so no bias.
+
+    scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2 samples per prompt.  Returns (B,).
+    RLOO: Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics", equation 6.
+    """
+    groups = scores.view(-1, group_size)
+    return ((groups - groups.mean(1, keepdim=True)) * group_size / (group_size - 1)).view(-1)
+
+
+def group_normalize(scores, group_size, eps=1e-6):
+    """Each score less its group's mean, over its group's standard deviation.
+
+    scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2.  Returns (B,), zero where a group is all alike.
+    GRPO: Shao et al. 2024, "DeepSeekMath", section 4.1.2.
+    """
+    groups = scores.view(-1, group_size)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + eps)).view(-1)
+
+
+def whiten(x, mask, eps=1e-8):
+    """x shifted and scaled to mean 0 and variance 1 over the actions alone. x, mask: (B, T). Returns (B, T), 0 off the mask."""
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    var = ((x - mean) ** 2 * mask).sum() / n
+    return (x - mean) * (var + eps).rsqrt() * mask

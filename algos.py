@@ -1,0 +1,252 @@
+"""REINFORCE, PPO and TRPO, and the critic's fit.
+
+A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). That the actions are
+tokens is known nowhere here. Every loss is a mean over the actions of the batch, so long episodes weigh by their length.
+
+`config` needs, everywhere: temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches, target_kl,
+entropy_coef; trpo: delta, cg_iters, damping, fisher_fraction, backtracks; fit_critic: critic_epochs, minibatches.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass
+class Batch:
+    """B episodes of up to T actions. Column t: what was seen, what was done, and how good that was."""
+
+    obs: torch.Tensor  # (B, T, …)
+    actions: torch.Tensor  # (B, T) int64
+    mask: torch.Tensor  # (B, T) bool, True where the policy acted
+    logprobs: torch.Tensor  # (B, T) log π_old(a_t|s_t)
+    advantages: torch.Tensor  # (B, T)
+    returns: torch.Tensor  # (B, T) the critic's targets
+
+    def rows(self, index):
+        return Batch(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+
+# Shared pieces.
+
+def masked_mean(x, mask):
+    """The mean of x (B, T) over the actions."""
+    return (x * mask).sum() / mask.sum()
+
+
+def log_probs(policy, obs, temperature):
+    """log π(·|s) (B, T, A) of the policy that acts: at the temperature it is sampled with."""
+    return (policy(obs) / temperature).log_softmax(-1)
+
+
+def chosen(logp, actions):
+    """log π(a|s) (B, T) of the actions taken, out of log π(·|s) (B, T, A)."""
+    return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logp):
+    """H(π(·|s)) (B, T) in nats, out of log π(·|s) (B, T, A)."""
+    return -(logp.exp() * logp).sum(-1)
+
+
+def kl_divergence(logp, logq):
+    """KL(p‖q) (B, T) in nats, exact over all A actions and so never negative. logp, logq: (B, T, A)."""
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def minibatches(batch, epochs, parts, generator):
+    """Row indices, each row once per epoch, in random order and `parts` parts."""
+    B, device = len(batch.mask), batch.mask.device
+    for _ in range(epochs):
+        yield from torch.randperm(B, generator=generator).to(device).chunk(parts)
+
+
+def gradient_step(model, loss, optimizer, max_grad_norm):
+    """One step down the loss; returns the gradient's norm before it was clipped to max_grad_norm."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    return norm.item()
+
+
+@torch.no_grad()
+def movement(policy, batch, old, temperature):
+    """How far an update moved the policy: mean KL(π_old‖π) over the batch's states. old: (B, T, A) log π_old(·|s)."""
+    return masked_mean(kl_divergence(old, log_probs(policy, batch.obs, temperature)), batch.mask).item()
+
+
+# First order.
+
+def reinforce(policy, batch, optimizer, config, generator=None):
+    """One step up the policy gradient E[Σ_t ∇log π(a_t|s_t) A_t].
+
+    Returns diagnostics. Williams 1992; with A_t for the return: Sutton et al. 2000.
+    """
+    logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
+    loss = -masked_mean(chosen(logp, batch.actions) * batch.advantages, batch.mask)
+    norm = gradient_step(policy, loss, optimizer, config.max_grad_norm)
+    return {"loss": loss.item(), "grad_norm": norm,
+            "kl_update": movement(policy, batch, logp.detach(), config.temperature)}
+
+
+def ppo(policy, batch, optimizer, config, generator=None):
+    """Several epochs of minibatch steps up E[min(ρ A, clip(ρ, 1-ε, 1+ε) A)], with ρ = π(a|s) / π_old(a|s).
+
+    The minimum takes away the reason to move ρ out of the clip range in the direction that A asks for, and no reason to come
+    back. Ends early once the exact mean KL(π_old‖π) on a minibatch passes target_kl.
+    Returns diagnostics. Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7.
+    """
+    with torch.no_grad():
+        old = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
+    steps = []
+    for rows in minibatches(batch, config.epochs, config.minibatches, generator):
+        mb = batch.rows(rows)
+        logp = log_probs(policy, mb.obs, config.temperature)
+        if masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask) > config.target_kl:
+            break
+        ratio = (chosen(logp, mb.actions) - mb.logprobs).exp()
+        bounded = ratio.clamp(1 - config.clip, 1 + config.clip)
+        loss = -masked_mean(torch.min(ratio * mb.advantages, bounded * mb.advantages), mb.mask)
+        loss = loss - config.entropy_coef * masked_mean(entropy(logp), mb.mask)
+        norm = gradient_step(policy, loss, optimizer, config.max_grad_norm)
+        steps.append((loss.item(), norm, masked_mean(ratio != bounded, mb.mask).item()))
+    loss, norm, clip_fraction = torch.tensor(steps).mean(0).tolist()
+    return {"loss": loss, "grad_norm": norm, "clip_fraction": clip_fraction, "steps": len(steps),
+            "kl_update": movement(policy, batch, old, config.temperature)}
+
+
+def fit_critic(critic, batch, optimizer, config, generator=None):
+    """Fit the values to the returns by least squares, over critic_epochs of minibatch steps. Returns diagnostics."""
+    losses = []
+    for rows in minibatches(batch, config.critic_epochs, config.minibatches, generator):
+        mb = batch.rows(rows)
+        loss = masked_mean((critic(mb.obs) - mb.returns) ** 2, mb.mask)
+        gradient_step(critic, loss, optimizer, config.max_grad_norm)
+        losses.append(loss.item())
+    return {"critic_loss": sum(losses) / len(losses)}
+
+
+# Second order.
+
+def flatten(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unflatten(vector, like):
+    return [part.view_as(t) for part, t in zip(vector.split([t.numel() for t in like]), like)]
+
+
+def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
+    """Solve A x = b for a symmetric positive definite A that is known only by its products.
+
+    matvec: (n,) -> (n,), v -> A v.  b: (n,).  iters: most products.  tol: stops once |r|² ≤ tol |b|².
+    Returns x (n,) and the residual r = b - A x (n,), out of which xᵀA x = xᵀ(b - r) needs no further product.
+    Stops with what it has where the curvature pᵀA p is not positive: rounding, or A is not what was promised.
+    Hestenes & Stiefel 1952; for TRPO: Schulman et al. 2015, appendix C.
+    """
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    rr, enough = r @ r, tol * (b @ b)
+    for _ in range(iters):
+        if rr <= enough:  # at once where b = 0
+            break
+        Ap = matvec(p)
+        curvature = p @ Ap
+        if not curvature > 0:
+            break
+        alpha = rr / curvature
+        x, r = x + alpha * p, r - alpha * Ap
+        rr, rr_old = r @ r, rr
+        p = r + rr / rr_old * p
+    return x, r
+
+
+def fisher_vector_product(policy, batch, temperature=1.0):
+    """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
+
+    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is F = E[Jᵀ (diag p - p pᵀ) J], J being the
+    derivative of a state's logits and p their softmax. From right to left: J v by forward-mode differentiation, the little
+    matrix by hand, Jᵀu by one backward pass over a graph that is kept for all products. No second derivative of the network
+    is taken, and F is positive semi-definite by construction.
+    Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives", section 9.
+    """
+    params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    fixed = {name: p.detach() for name, p in params.items()}
+    logits = policy(batch.obs) / temperature  # (B, T, A); its graph serves every backward pass
+    p = logits.detach().softmax(-1)
+    weight = (batch.mask / batch.mask.sum()).unsqueeze(-1)  # (B, T, 1) of a mean over the actions
+
+    def logits_of(params):
+        return functional_call(policy, params, (batch.obs,)) / temperature
+
+    def product(v):
+        tangent = dict(zip(fixed, unflatten(v, fixed.values())))
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+            _, Jv = jvp(logits_of, (fixed,), (tangent,))  # (B, T, A)
+        u = weight * p * (Jv - (p * Jv).sum(-1, keepdim=True))
+        return flatten(torch.autograd.grad(logits, params.values(), u, retain_graph=True, materialize_grads=True))
+
+    return product
+
+
+@torch.no_grad()
+def line_search(evaluate, params, step, delta, backtracks):
+    """Try θ + step, θ + step/2, θ + step/4, …; keep the first that gains and stays within the trust region.
+
+    evaluate: () -> (gain, kl) at the current weights.  params: the weights, moved in place.  step: (n,).  delta: most kl.
+    backtracks: how often to halve.  Returns (halvings, gain, kl), or None when all failed: then the weights are restored to
+    the bit.  Schulman et al. 2015, appendix C.
+    """
+    start = [p.clone() for p in params]
+    for halvings in range(backtracks + 1):
+        for p, p0, s in zip(params, start, unflatten(step * 0.5 ** halvings, params)):
+            p.copy_(p0 + s)
+        gain, kl = evaluate()
+        if gain > 0 and kl <= delta:
+            return halvings, gain.item(), kl.item()
+    for p, p0 in zip(params, start):
+        p.copy_(p0)
+    return None
+
+
+def trpo(policy, batch, optimizer, config, generator=None):
+    """The largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
+
+    With g the surrogate's gradient and the KL ½ sᵀF s to second order, that step is s = sqrt(2δ / xᵀF x) x, F x = g: the
+    natural gradient at the length that the KL allows. The line search then checks what both approximations promised.
+    F is taken over a random fisher_fraction of the episodes, and damping · I added to it. The optimizer is not used.
+    Returns diagnostics; accepted is 0 where no step was taken and the weights are as before.
+    Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
+    """
+    params = [p for p in policy.parameters() if p.requires_grad]
+
+    def surrogate(logp):
+        ratio = (chosen(logp, batch.actions) - batch.logprobs).exp()
+        return masked_mean(ratio * batch.advantages, batch.mask)
+
+    logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
+    before = surrogate(logp)
+    g = flatten(torch.autograd.grad(before, params, materialize_grads=True))
+    old, before = logp.detach(), before.detach()
+    del logp
+
+    B = len(batch.mask)
+    rows = torch.randperm(B, generator=generator)[:math.ceil(config.fisher_fraction * B)].to(g.device)
+    fisher = fisher_vector_product(policy, batch.rows(rows), config.temperature)
+    x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
+    xFx = x @ (g - r)
+    def evaluate():
+        new = log_probs(policy, batch.obs, config.temperature)
+        return surrogate(new) - before, masked_mean(kl_divergence(old, new), batch.mask)
+
+    found, step = None, torch.zeros_like(x)
+    if xFx > 0:  # not for a zero gradient, nor for one that is not finite
+        step = (2 * config.delta / xFx).sqrt() * x
+        found = line_search(evaluate, params, step, config.delta, config.backtracks)
+    halvings, gain, kl = found or (config.backtracks + 1, 0.0, 0.0)
+    return {"loss": -before.item(), "grad_norm": g.norm().item(), "kl_update": kl, "accepted": int(found is not None),
+            "halvings": halvings, "gain": gain, "step_norm": step.norm().item() * 0.5 ** halvings if found else 0.0,
+            "cg_residual": (r.norm() / g.norm()).item() if xFx > 0 else 0.0}

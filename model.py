@@ -1,0 +1,160 @@
+"""A GPT-2 written out by hand: the policy π(token | tokens so far), and the critic V(tokens so far).
+
+Read from the bottom up in order of need: attention with its cache, the MLP, the block, the trunk, the two heads.
+Module names follow OpenAI's GPT-2 release, so that its tensors can be found by name.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int  # tokens, end-of-text included
+    block_size: int = 64  # the context: most tokens (prompt and completion) in one sequence
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 128  # width, a multiple of n_head
+
+    def __post_init__(self):
+        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise ValueError(f"every size of a GPT must be at least 1: {self}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+
+
+class KVCache:
+    """The keys and values of one attention layer for the tokens read so far.
+
+    The buffers are laid out once for the whole sequence, so that a step writes its column and attention reads a view.
+    """
+
+    def __init__(self, batch_size, n_head, max_length, head_size, device, dtype):
+        self.k = torch.empty(batch_size, n_head, max_length, head_size, device=device, dtype=dtype)
+        self.v = torch.empty_like(self.k)
+        self.length = 0  # tokens read so far
+
+    def append(self, k, v):
+        """Add the keys and values (B, H, T, D) of T new tokens; returns those of all S tokens, each (B, H, S, D)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+    def keep(self, rows):
+        """Keep only these rows of the batch. rows: (B',) indices."""
+        self.k, self.v = self.k[rows], self.v[rows]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D), S tokens so far
+        S = k.shape[2]
+        # Token t of the T new ones stands at position S-T+t and sees everything up to there; a lone token sees all.
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The trunk: tokens (B, T) -> hidden states (B, T, n_embd)."""
+
+    def __init__(self, config, generator=None):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # each layer adds two branches to the residual stream: scaled so that its variance stays put
+                p.data.normal_(0, 0.02 / (math.sqrt(2 * config.n_layer) if "c_proj" in name else 1), generator=generator)
+            elif name.endswith("bias"):
+                p.data.zero_()
+
+    def forward(self, tokens, cache=None):
+        start = cache[0].length if cache else 0
+        stop = start + tokens.shape[1]
+        if stop > self.config.block_size:
+            raise ValueError(f"{stop} tokens do not fit the context of {self.config.block_size}")
+        x = self.wte(tokens) + self.wpe.weight[start:stop]  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, cache[i] if cache else None)
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """The policy. tokens (B, T) int64 -> logits (B, T, vocab_size); column t scores the token after tokens[:, :t+1].
+
+    With a cache from `kv_cache`, tokens are only the new ones, and the logits those that the full sequence would give
+    there. Raises ValueError past block_size. The output head is the token embedding (tied).
+    """
+
+    def __init__(self, config, generator=None):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, generator)
+
+    def forward(self, tokens, cache=None):
+        return F.linear(self.transformer(tokens, cache), self.transformer.wte.weight)
+
+    def kv_cache(self, batch_size, max_length):
+        """An empty cache for batch_size sequences of at most max_length tokens: one KVCache per layer."""
+        c, w = self.config, self.transformer.wte.weight
+        return [KVCache(batch_size, c.n_head, max_length, c.n_embd // c.n_head, w.device, w.dtype) for _ in range(c.n_layer)]
+
+
+class Critic(nn.Module):
+    """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the return expected after tokens[:, :t+1].
+
+    A network of its own: a value head on the policy's trunk would move the policy while it learns, outside any trust
+    region. `policy`, where given, lends its weights as the trunk's start. The head starts at zero, and so does every value.
+    """
+
+    def __init__(self, config, policy=None):
+        super().__init__()
+        self.transformer = Transformer(config)
+        self.value_head = nn.Linear(config.n_embd, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        if policy is not None:
+            self.transformer.load_state_dict(policy.transformer.state_dict())
+
+    def forward(self, tokens):
+        return self.value_head(self.transformer(tokens)).squeeze(-1)

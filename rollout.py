@@ -1,0 +1,218 @@
+"""Text to tokens, tokens to episodes: the tokenizer, and `sample`, which lets a policy act.
+
+`python rollout.py runs/NAME --prompt "the acting was"` samples from a trained checkpoint.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import tiktoken._educational
+import torch
+
+from model import GPT, GPTConfig
+
+# GPT-2's split of a text into words: contractions, then letters, digits or signs with the space before them, then spaces.
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used. The message is one line that says what is wrong and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with one line for a mistake in place of two."""
+
+    def error(self, message):
+        raise BadInput(f"{message}: see --help")
+
+
+class Tokenizer:
+    """text <-> tokens: byte-level byte-pair encoding, so that every text has an encoding, and one token that ends a text.
+
+    `learn` makes a vocabulary from a corpus, offline; `gpt2` is GPT-2's own. Sennrich et al. 2016; Radford et al. 2019.
+    """
+
+    def __init__(self, encoding, merges=None):
+        self.encoding, self.merges = encoding, merges
+        self.eos_token, self.vocab_size = encoding.eot_token, encoding.n_vocab
+
+    @classmethod
+    def from_merges(cls, merges):
+        """merges: the tokens of more than one byte, as bytes, in the order in which they were learned."""
+        ranks = {bytes([i]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(merges)}
+        special = {"<|endoftext|>": len(ranks)}
+        return cls(tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special), merges)
+
+    @classmethod
+    def learn(cls, texts, vocab_size, sample_bytes=20_000):
+        """Learn a vocabulary of vocab_size tokens (256 bytes, the end of text, the rest merges) from a spread of the texts."""
+        stride = max(1, sum(map(len, texts)) // sample_bytes)
+        data = "\n".join(texts[::stride])
+        try:
+            ranks = tiktoken._educational.bpe_train(data, vocab_size - 1, SPLIT, visualise=None)
+        except ValueError as e:  # fewer than 256 bytes asked for, or nothing left to merge
+            raise BadInput(f"cannot learn a vocabulary of {vocab_size} tokens from this corpus: choose another --vocab-size ({e})")
+        return cls.from_merges(list(ranks)[256:])
+
+    @classmethod
+    def gpt2(cls):
+        try:
+            return cls(tiktoken.get_encoding("gpt2"))
+        except Exception as e:  # whatever the network or the cache can raise
+            raise BadInput("GPT-2's vocabulary is not here: let tiktoken fetch it once where there is a network, and set "
+                           f"TIKTOKEN_CACHE_DIR to its folder; or use --tokenizer bpe ({type(e).__name__})")
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, tokens):
+        return self.encoding.decode([t for t in tokens if t != self.eos_token])
+
+    def state(self):
+        """What `from_state` needs to make it again: plain data, safe to load from a stranger."""
+        return "gpt2" if self.merges is None else [token.hex() for token in self.merges]
+
+    @classmethod
+    def from_state(cls, state):
+        return cls.gpt2() if state == "gpt2" else cls.from_merges([bytes.fromhex(token) for token in state])
+
+
+@dataclass
+class Rollout:
+    """B sampled episodes. mask is aligned on actions: mask[b, t] is True where the policy chose tokens[b, t + 1]."""
+
+    tokens: torch.Tensor  # (B, T) int64: prompt, completion with its end-of-text token, and end-of-text as filler
+    mask: torch.Tensor  # (B, T-1) bool: prompt False, completion True, its end-of-text True, filler False
+
+    def completions(self, tokenizer):
+        """The B completions as text, without prompt and end of text."""
+        rows = zip(self.tokens[:, 1:].tolist(), self.mask.tolist())
+        return [tokenizer.decode([t for t, chosen in zip(tokens, mask) if chosen]) for tokens, mask in rows]
+
+
+def draw(logits, uniforms, temperature):
+    """One token per row by inverse CDF: the first whose cumulative probability reaches the row's uniform number.
+
+    logits: (B, V).  uniforms: (B,) in (0, 1], so that a token of probability zero is never drawn.  temperature: 0 takes the
+    likeliest.  Returns (B,) int64. One random number per row, where torch.multinomial draws V.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits / temperature).softmax(-1).cumsum(-1)  # (B, V)
+    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)  # the last entry is 1 but for rounding
+
+
+def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None):
+    """Let the policy complete each prompt until it chooses eos_token or has chosen max_new_tokens.
+
+    policy: (tokens, cache) -> logits, with `kv_cache`.  prompts: B lists of tokens, of any lengths of at least 1.
+    temperature: divides the logits; 0 is greedy.  Returns a Rollout, cut after its longest row.
+    Raises BadInput for an empty prompt or one that leaves no room in the context.
+
+    Prompts stand at the left without padding. Reading begins together at the shortest prompt's end; where a prompt is longer
+    its own next token is taken in place of a sampled one. So each row gets what it would get alone, from its own random
+    numbers.
+    """
+    device = next(policy.parameters()).device
+    B, longest = len(prompts), max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise BadInput("a prompt is empty: give it at least one character")
+    if longest + max_new_tokens > policy.config.block_size:
+        raise BadInput(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+                       f"{policy.config.block_size} tokens: shorten the prompt, lower --max-new-tokens or train with a larger --block-size")
+    T = longest + max_new_tokens
+    tokens = torch.full((B, T), eos_token)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.tensor(prompt)
+    tokens = tokens.to(device)
+    start = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,) where each row's completion begins
+    ends = start + max_new_tokens  # (B,) and ends, at the latest
+    uniforms = torch.ones(B, T, device=device)
+    uniforms.scatter_(1, start[:, None] + torch.arange(max_new_tokens, device=device),
+                      1 - torch.rand(B, max_new_tokens, generator=generator, device=device))  # column t is for token t
+
+    with torch.inference_mode():
+        rows = torch.arange(B, device=device)  # the rows still being written; the cache holds these
+        t = min(map(len, prompts))
+        cache = policy.kv_cache(B, T)
+        logits = policy(tokens[:, :t], cache)[:, -1]  # (rows, V)
+        while True:
+            forced, ended = t < start[rows], t >= ends[rows]
+            choice = torch.where(forced | ended, tokens[rows, t], draw(logits, uniforms[rows, t], temperature))
+            tokens[rows, t] = choice
+            ends[rows] = torch.where(~forced & ~ended & (choice == eos_token), t + 1, ends[rows])
+            t += 1
+            if t == T:
+                break
+            if t % 4 == 0:  # asking costs a GPU a synchronisation, so not at every token
+                live = (t < ends[rows]).nonzero().squeeze(-1)
+                if len(live) == 0:
+                    break
+                if len(live) <= 0.75 * len(rows):
+                    rows = rows[live]
+                    for layer in cache:
+                        layer.keep(live)
+            logits = policy(tokens[rows, t - 1:t], cache)[:, -1]
+
+    T = int(ends.max())
+    position = torch.arange(1, T, device=device)  # of the token that each action chose
+    return Rollout(tokens[:, :T], (position >= start[:, None]) & (position < ends[:, None]))
+
+
+def load_checkpoint(path, device="cpu"):
+    """A checkpoint: {"model", "policy", "tokenizer", …}, tensors and plain data only; nothing in the file is executed.
+
+    path: the file, or a run's directory.  Raises BadInput where it is missing or damaged.
+    """
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["model"], checkpoint["policy"], checkpoint["tokenizer"]
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise BadInput(f"{path} is damaged or no checkpoint of ours: delete it and train again ({type(e).__name__})")
+    return checkpoint
+
+
+def load_policy(path, device="cpu"):
+    """The (policy, tokenizer) of a run's directory or checkpoint file. Raises BadInput as load_checkpoint does."""
+    checkpoint = load_checkpoint(path, device)
+    try:
+        policy = GPT(GPTConfig(**checkpoint["model"])).to(device)
+        policy.load_state_dict(checkpoint["policy"])
+        return policy, Tokenizer.from_state(checkpoint["tokenizer"])
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise BadInput(f"the weights in {path} do not fit its model: train again ({str(e).splitlines()[0]})")
+
+
+def main(argv=None):
+    parser = ArgumentParser(description="Sample completions from a trained policy.")
+    parser.add_argument("run", help="a run's directory, as in runs/NAME")
+    parser.add_argument("--prompt", required=True, help="the text to complete")
+    parser.add_argument("-n", type=int, default=4, help="completions (default 4)")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="longest completion, tokens (default: as the context allows)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
+    try:
+        args = parser.parse_args(argv)
+        if args.n < 1 or not 0 <= args.temperature < math.inf or (args.max_new_tokens or 1) < 1:
+            raise BadInput("-n and --max-new-tokens must be at least 1, and --temperature at least 0")
+        policy, tokenizer = load_policy(args.run)
+        prompt = tokenizer.encode(args.prompt)
+        room = args.max_new_tokens or max(1, policy.config.block_size - len(prompt))
+        generator = torch.Generator().manual_seed(args.seed)
+        rollout = sample(policy, [prompt] * args.n, room, tokenizer.eos_token, args.temperature, generator)
+        for completion in rollout.completions(tokenizer):
+            print(args.prompt + completion)
+    except BadInput as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
