@@ -80,3 +80,25 @@ def whiten(x, mask, eps=1e-8):
     mean = (x * mask).sum() / n
     var = ((x - mean) ** 2 * mask).sum() / n
     return (x - mean) * (var + eps).rsqrt() * mask
+
+
+# What --advantage names: (rewards, values, mask, config) -> (advantages, the critic's targets), all (B, T).
+
+def from_returns(rewards, values, mask, config):
+    returns = discounted_returns(rewards, mask, config.gamma)
+    return returns, returns
+
+
+def from_gae(rewards, values, mask, config):
+    return gae(rewards, values, mask, config.gamma, config.lam)
+
+
+def from_group(compare):
+    """Every action of an episode gets the episode's total reward, compared with the other episodes of its prompt."""
+    def estimate(rewards, values, mask, config):
+        totals = (rewards * mask).sum(1)  # (B,)
+        return compare(totals, config.group_size)[:, None] * mask, totals[:, None] * mask
+    return estimate
+
+
+ADVANTAGES = {"gae": from_gae, "returns": from_returns, "rloo": from_group(leave_one_out), "grpo": from_group(group_normalize)}

@@ -78,7 +78,7 @@ REVIEWS = {
                 "we thought the {part} was", "critics called the {part}", "the {part} of this film was"],
     "verdict": ["{opinion}", "{degree} {opinion}", "{pair}", "{opinion} {when}", "{degree} {opinion} {when}"],
     "opinion": ["{good}", "{bad}"],
-    "pair": ["{good} and {good}", "{bad} and {bad}"],
+    "pair": ["{opinion} and {opinion}"],
     "felt": ["{loved}", "{hated}"],
     "who": ["i", "we", "my friends", "most people", "the critics"],
     "degree": ["very", "rather", "quite", "truly", "really", "simply", "somewhat", "deeply"],
@@ -90,10 +90,10 @@ REVIEWS = {
 
 
 def opinion(prompt, completion):
-    """(positive - negative opinion words) / 3, held to [-1, 1]: three kind words and no unkind one earn all there is."""
+    """(positive - negative opinion words) / 2, held to [-1, 1]: two kind words and no unkind one earn all there is."""
     words = re.findall(r"\w+", completion)
     score = sum(w in GOOD or w in LOVED for w in words) - sum(w in BAD or w in HATED for w in words)
-    return max(-1.0, min(1.0, score / 3))
+    return max(-1.0, min(1.0, score / 2))
 
 
 def reviews(seed):

@@ -5,8 +5,9 @@
 
 import argparse
 import math
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tiktoken
@@ -14,6 +15,7 @@ import tiktoken._educational
 import torch
 
 from model import GPT, GPTConfig
+
 
 # GPT-2's split of a text into words: contractions, then letters, digits or signs with the space before them, then spaces.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -106,6 +108,16 @@ def draw(logits, uniforms, temperature):
     return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)  # the last entry is 1 but for rounding
 
 
+def check_fit(prompts, max_new_tokens, block_size):
+    """Raises BadInput for an empty prompt, or one whose completion would not fit the context."""
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise BadInput("a prompt is empty: give it at least one character")
+    if longest + max_new_tokens > block_size:
+        raise BadInput(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {block_size} tokens: "
+                       "shorten the prompt, lower --max-new-tokens or train with a larger --block-size")
+
+
 def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None):
     """Let the policy complete each prompt until it chooses eos_token or has chosen max_new_tokens.
 
@@ -118,13 +130,8 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     numbers.
     """
     device = next(policy.parameters()).device
-    B, longest = len(prompts), max(map(len, prompts))
-    if min(map(len, prompts)) == 0:
-        raise BadInput("a prompt is empty: give it at least one character")
-    if longest + max_new_tokens > policy.config.block_size:
-        raise BadInput(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
-                       f"{policy.config.block_size} tokens: shorten the prompt, lower --max-new-tokens or train with a larger --block-size")
-    T = longest + max_new_tokens
+    check_fit(prompts, max_new_tokens, policy.config.block_size)
+    B, T = len(prompts), max(map(len, prompts)) + max_new_tokens
     tokens = torch.full((B, T), eos_token)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
@@ -163,6 +170,25 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     return Rollout(tokens[:, :T], (position >= start[:, None]) & (position < ends[:, None]))
 
 
+# Files.
+
+def write_atomically(path, write):
+    """write(a path beside it), then rename: a reader finds the old file or the whole new one. Raises BadInput."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as the latter
+        raise BadInput(f"cannot write {path}: free some space or choose another --out ({e})")
+
+
+def save_checkpoint(path, policy, tokenizer, **more):
+    """Write what `load_checkpoint` reads."""
+    state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state(), **more}
+    write_atomically(path, lambda beside: torch.save(state, beside))
+
+
 def load_checkpoint(path, device="cpu"):
     """A checkpoint: {"model", "policy", "tokenizer", …}, tensors and plain data only; nothing in the file is executed.
 
@@ -188,6 +214,9 @@ def load_policy(path, device="cpu"):
         return policy, Tokenizer.from_state(checkpoint["tokenizer"])
     except (RuntimeError, TypeError, ValueError) as e:
         raise BadInput(f"the weights in {path} do not fit its model: train again ({str(e).splitlines()[0]})")
+
+
+# Talking to the result.
 
 
 def main(argv=None):

@@ -5,11 +5,11 @@ the same look again. Everything goes to runs/NAME/. `python train.py --help` lis
 """
 
 import copy
-import csv
 import hashlib
 import itertools
 import json
 import math
+import numbers
 import os
 import shutil
 import sys
@@ -22,52 +22,31 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 
-import advantage
-from algos import Batch, chosen, entropy, fit_critic, kl_divergence, log_probs, masked_mean, ppo, reinforce, trpo
+from advantage import ADVANTAGES, token_rewards, whiten
+from algos import Batch, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, masked_mean, ppo, reinforce, trpo
 from model import GPT, Critic, GPTConfig
 from reward import TASKS
-from rollout import ArgumentParser, BadInput, Tokenizer, load_checkpoint, load_policy, sample
+from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, load_checkpoint, load_policy, sample, save_checkpoint,
+                     write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
 
-# Advantages: (rewards, values, mask, config) -> (advantages, the critic's targets), each (B, T).
-
-def from_returns(rewards, values, mask, config):
-    returns = advantage.discounted_returns(rewards, mask, config.gamma)
-    return returns, returns
-
-
-def from_gae(rewards, values, mask, config):
-    return advantage.gae(rewards, values, mask, config.gamma, config.lam)
-
-
-def from_group(compare):
-    """Each action gets its episode's total reward as compared with the other episodes of its prompt."""
-    def estimate(rewards, values, mask, config):
-        totals = (rewards * mask).sum(1)
-        return compare(totals, config.group_size)[:, None] * mask, totals[:, None] * mask
-    return estimate
-
-
-ADVANTAGES = {"returns": from_returns, "gae": from_gae, "rloo": from_group(advantage.leave_one_out),
-              "grpo": from_group(advantage.group_normalize)}
-
 # Options that differ by task, algorithm or advantage.
 DEFAULTS = {
-    "reviews": dict(vocab_size=512, block_size=64, max_new_tokens=44),
-    "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4),
-    "hello": dict(vocab_size=384, block_size=48, max_new_tokens=28),
-    "reinforce": dict(lr=1e-3),
-    "ppo": dict(lr=5e-4),
-    "trpo": dict(lr=0.0),
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
+    "reinforce": dict(iterations=80),
+    "ppo": dict(lr=5e-4),
+    "reviews": dict(vocab_size=620, block_size=64, max_new_tokens=44),
+    "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8, pretrain_batch=128, pretrain_lr=3e-3,
+                     kl_coef=0.01, iterations=150, lr=1e-4),
+    "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
 }
 
 
 def option(default, help, low=None, high=math.inf, choices=None):
-    """A Config field. default None: taken from the task, the algorithm or the advantage."""
+    """A Config field with what the command line needs to know of it."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
@@ -89,22 +68,22 @@ class Config:
     block_size: int = option(64, "context, tokens", 2)
     n_layer: int = option(2, "transformer blocks", 1)
     n_head: int = option(4, "attention heads per block", 1)
-    n_embd: int = option(128, "width", 1)
-    pretrain_steps: int = option(600, "steps of maximum likelihood", 0)
-    pretrain_batch: int = option(128, "texts per step", 1)
-    pretrain_lr: float = option(3e-3, "peak learning rate", 0)
+    n_embd: int = option(96, "width", 1)
+    pretrain_steps: int = option(1500, "steps of maximum likelihood", 0)
+    pretrain_batch: int = option(48, "texts per step", 1)
+    pretrain_lr: float = option(1e-2, "peak learning rate", 0)
     # the episodes
-    iterations: int = option(60, "RL iterations", 0)
+    iterations: int = option(40, "RL iterations", 0)
     batch_size: int = option(256, "episodes per iteration", 1)
     group_size: int = option(4, "episodes per prompt", 1)
     max_new_tokens: int = option(40, "longest completion, tokens", 1)
     temperature: float = option(1.0, "of the policy that is sampled and trained", 1e-3)
-    kl_coef: float = option(0.05, "reward taken per nat away from the pretrained policy", 0)
+    kl_coef: float = option(0.1, "reward taken per nat away from the pretrained policy", 0)
     gamma: float = option(1.0, "discount per token", 0, 1)
     lam: float = option(0.95, "GAE's lambda", 0, 1)
     whiten: int = option(1, "1 scales advantages to mean 0 and variance 1, 0 leaves them", 0, 1)
     # the updates
-    lr: float = option(None, "reinforce and ppo: Adam's learning rate", 0)
+    lr: float = option(1e-3, "reinforce and ppo: Adam's learning rate", 0)
     max_grad_norm: float = option(1.0, "longest gradient of a first-order step", 0)
     epochs: int = option(4, "ppo: passes over the batch", 1)
     minibatches: int = option(4, "ppo and critic: parts of a pass", 1)
@@ -123,37 +102,40 @@ class Config:
 
 
 def parse(argv):
-    """The command line as a Config; what it leaves open comes from DEFAULTS, then from the fields."""
+    """The command line as a Config; what it leaves open comes from DEFAULTS, then from the fields. Raises BadInput."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     for f in fields(Config):
-        m, flag = f.metadata, "--" + f.name.replace("_", "-")
+        flag, help, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
         if f.type is bool:
-            parser.add_argument(flag, action="store_const", const=True, help=m["help"])
+            parser.add_argument(flag, action="store_const", const=True, help=help)
             continue
-        special = [f"{name} {d[f.name]}" for name, d in DEFAULTS.items() if f.name in d]
-        default = ", ".join(([] if f.default in (None, "") else [str(f.default)]) + special)
-        parser.add_argument(flag, type=f.type, choices=m["choices"] and list(m["choices"]), metavar=f.type.__name__.upper(),
-                            help=m["help"] + (f" ({', '.join(m['choices'])})" if m["choices"] else "") + (f" (default {default})" if default else ""))
+        own = [f"{name}: {d[f.name]}" for name, d in DEFAULTS.items() if f.name in d]
+        default = ", ".join(([] if f.default == "" else [str(f.default)]) + own)
+        parser.add_argument(flag, type=f.type, choices=choices and list(choices), metavar=None if choices else f.type.__name__.upper(),
+                            help=help + (f" (default {default})" if default else ""))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     config = Config(**given)
-    special = {k: v for name in (config.task, config.algo, config.advantage) for k, v in DEFAULTS.get(name, {}).items()}
-    config = Config(**{**special, **given})
+    own = [DEFAULTS.get(name, {}) for name in (config.advantage, config.algo, config.task)]  # the task has the last word
+    config = Config(**{**own[0], **own[1], **own[2], **given})
     config.name = config.name or f"{config.task}-{config.algo}-{config.seed}"
+
+    def require(condition, message):
+        if not condition:
+            raise BadInput(message)
+
     for f in fields(Config):
         low, high, value = f.metadata["low"], f.metadata["high"], getattr(config, f.name)
-        if low is not None and not (low <= value <= high and math.isfinite(value)):
-            bound = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
-            raise BadInput(f"--{f.name.replace('_', '-')} is {value}: it must be {bound}")
-    if config.n_embd % config.n_head:
-        raise BadInput(f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head}")
-    if config.batch_size % config.group_size:
-        raise BadInput(f"--batch-size {config.batch_size} must be a multiple of --group-size {config.group_size}")
-    if config.advantage in ("rloo", "grpo") and config.group_size < 2:
-        raise BadInput(f"--advantage {config.advantage} compares the episodes of a prompt: give --group-size 2 or more")
-    if config.batch_size < config.minibatches:
-        raise BadInput(f"--batch-size {config.batch_size} cannot be parted into --minibatches {config.minibatches}: lower the latter")
-    if Path(config.name).name != config.name:
-        raise BadInput(f"--name {config.name} must be a plain name; the directory above it is --out")
+        bound = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
+        require(low is None or low <= value <= high and math.isfinite(value),
+                f"--{f.name.replace('_', '-')} is {value}: it must be {bound}")
+    c = config
+    require(c.n_embd % c.n_head == 0, f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
+    require(c.batch_size % c.group_size == 0, f"--batch-size {c.batch_size} must be a multiple of --group-size {c.group_size}")
+    require(c.group_size > 1 or c.advantage not in ("rloo", "grpo"),
+            f"--advantage {c.advantage} compares the episodes of a prompt: give --group-size 2 or more")
+    require(c.minibatches <= c.batch_size, f"--minibatches {c.minibatches} must be at most --batch-size {c.batch_size}")
+    require(Path(c.name).name == c.name and c.name not in ("..", "pretrained"),
+            f"--name {c.name} cannot name a run: choose a plain word; the directory above it is --out")
     return config
 
 
@@ -167,44 +149,24 @@ def pick_device(name):
     return torch.device(name)
 
 
-# Files.
-
-def write_atomically(path, write):
-    """write(path beside it), then rename: a reader sees the old file or the whole new one."""
-    beside = path.with_name(path.name + ".part")
+def claim_run(config):
+    """The run's directory, made later. Raises BadInput now where it would replace a run or could not be written."""
+    out, run = Path(config.out), Path(config.out) / config.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as the latter
-        raise BadInput(f"cannot write {path}: {e}; free some space or choose another --out")
-
-
-def save(path, config, policy, tokenizer, **more):
-    state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state(),
-             "config": asdict(config), **more}
-    write_atomically(path, lambda beside: torch.save(state, beside))
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"cannot make the directory {out}: choose another --out ({e.strerror})")
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise BadInput(f"cannot write in {out}: choose another --out")
+    if run.exists() and not config.overwrite:
+        raise BadInput(f"{run} exists: give another --name, or --overwrite to replace it")
+    if run.exists() and not (run / "config.json").is_file():
+        raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
+    return run
 
 
 def write_json(path, data):
     write_atomically(path, lambda beside: beside.write_text(json.dumps(data, indent=2) + "\n"))
-
-
-def new_run(config):
-    """The run's empty directory. Raises BadInput where it would replace a run or cannot be made."""
-    run = Path(config.out) / config.name
-    try:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            if not config.overwrite:
-                raise BadInput(f"{run} exists: give another --name, or --overwrite to replace it")
-            if not (run / "config.json").is_file():
-                raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
-            shutil.rmtree(run)
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"cannot make {run}: {e.strerror}; choose another --out")
-    write_json(run / "config.json", asdict(config))
-    return run
 
 
 # Phase 1: imitation.
@@ -222,38 +184,42 @@ def pretrained(config, task, device):
         return policy, tokenizer, load_checkpoint(path)["seconds"]
     start = time.perf_counter()
     tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if config.tokenizer == "bpe" else Tokenizer.gpt2()
+    check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)
     generator = torch.Generator().manual_seed(config.pretrain_seed)
     shape = GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
     policy = GPT(shape, generator).to(device)
     imitate(policy, [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus], config, generator)
     seconds = time.perf_counter() - start
-    save(path, config, policy, tokenizer, seconds=seconds)
+    save_checkpoint(path, policy, tokenizer, seconds=seconds)
     print(f"pretrained weights to {path}")
     return policy, tokenizer, seconds
 
 
 def imitate(policy, texts, config, generator):
-    """Maximum likelihood by AdamW over random batches of texts (lists of tokens), with warm-up and a cosine to zero."""
+    """Maximum likelihood on texts (lists of tokens): AdamW with warm-up and linear decay."""
     device = next(policy.parameters()).device
     longest = min(max(map(len, texts)), config.block_size + 1)
     data = torch.full((len(texts), longest), -100)  # cross_entropy passes over -100
     for row, text in enumerate(texts):
         data[row, :len(text)] = torch.tensor(text[:longest])
-    optimizer = torch.optim.AdamW(policy.parameters(), config.pretrain_lr, betas=(0.9, 0.95), fused=True)
+    lengths = (data >= 0).sum(1)
+
+    def batches(pool=8):  # of texts of like length, so that little is computed on padding
+        while True:
+            rows = torch.randint(len(data), (pool * config.pretrain_batch,), generator=generator)
+            rows = rows[lengths[rows].argsort()].view(pool, config.pretrain_batch)
+            yield from rows[torch.randperm(pool, generator=generator)]
+
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     steps, warmup, start = config.pretrain_steps, 50, time.perf_counter()
-    for step in range(steps):
-        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        optimizer.param_groups[0]["lr"] = config.pretrain_lr * rate
-        batch = data[torch.randint(len(data), (config.pretrain_batch,), generator=generator)]
-        batch = batch[:, (batch >= 0).any(0)].to(device)  # (B, T+1)
+    for step, rows in zip(range(1, steps + 1), batches()):
+        optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / warmup, 1 - step / (steps + 1))
+        batch = data[rows, :lengths[rows].max()].to(device)  # (B, T+1)
         logits = policy(batch[:, :-1].clamp(min=0))  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"pretrain {step + 1:5d}/{steps}  loss {loss.item():.3f} nats per token  {time.perf_counter() - start:.0f} s", flush=True)
+        gradient_step(policy, loss, optimizer, max_grad_norm=1.0)
+        if step % 100 == 0:
+            print(f"pretrain {step:5d}/{steps}  loss {loss.item():.3f} nats per token  {time.perf_counter() - start:.0f} s", flush=True)
 
 
 # Phase 2: episodes.
@@ -262,7 +228,7 @@ def score(reward, prompts, completions):
     """The reward of each completion (B,), as a tensor. Raises BadInput for anything but one finite number each."""
     scores = [reward(prompt, completion) for prompt, completion in zip(prompts, completions)]
     for value, prompt, completion in zip(scores, prompts, completions):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise BadInput(f"the reward of prompt {prompt!r} and completion {completion!r} is {value!r}: "
                            "a reward function must return one finite number")
     return torch.tensor(scores, dtype=torch.float32)
@@ -270,61 +236,61 @@ def score(reward, prompts, completions):
 
 @torch.no_grad()
 def compare(policy, reference, rollout, temperature):
-    """log π and log π_ref of the actions, the exact KL(π‖π_ref) of each step and π's entropy there: four (B, T)."""
+    """log π and log π_ref of the actions, then at each step the exact KL(π‖π_ref) and π's entropy: four (B, T)."""
     obs, actions = rollout.tokens[:, :-1], rollout.tokens[:, 1:]
     logp, ref = log_probs(policy, obs, temperature), log_probs(reference, obs, temperature)  # (B, T, V)
     return chosen(logp, actions), chosen(ref, actions), kl_divergence(logp, ref), entropy(logp)
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
-    """Let the policy complete some training prompts and judge what it did. Returns a Batch and statistics."""
+    """Let the policy complete some training prompts, and judge what it did. Returns a Batch and statistics."""
     index = torch.randint(len(task.prompts), (config.batch_size // config.group_size,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
     rollout = sample(policy, [tokenizer.encode(p) for p in prompts], config.max_new_tokens, tokenizer.eos_token,
                      config.temperature, generators["sample"])
-    mask, obs, actions = rollout.mask, rollout.tokens[:, :-1], rollout.tokens[:, 1:]
+    obs, actions, mask = rollout.tokens[:, :-1], rollout.tokens[:, 1:], rollout.mask  # (B, T)
     scores = score(task.reward, prompts, rollout.completions(tokenizer)).to(mask.device)
     logp, ref_logp, kl, H = compare(policy, reference, rollout, config.temperature)
-    rewards = advantage.token_rewards(scores, mask, logp, ref_logp, config.kl_coef)
+    rewards = token_rewards(scores, mask, logp, ref_logp, config.kl_coef)
     with torch.no_grad():
         values = critic(obs) if critic else torch.zeros_like(rewards)
     advantages, returns = ADVANTAGES[config.advantage](rewards, values, mask, config)
     if config.whiten:
-        advantages = advantage.whiten(advantages, mask)
-    stats = {"reward": scores.mean().item(), "kl": masked_mean(kl, mask).item(), "entropy": masked_mean(H, mask).item(),
-             "length": mask.sum(1).float().mean().item(),
-             "ended": (mask & (actions == tokenizer.eos_token)).any(1).float().mean().item()}
-    if critic:
-        error = advantage.whiten
-        stats["explained_variance"] = 1 - (masked_mean((returns - values) ** 2, mask) / masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)).item()
+        advantages = whiten(advantages, mask)
+    mean = lambda x: masked_mean(x, mask).item()
+    unexplained = mean((returns - values) ** 2) / max(mean((returns - mean(returns)) ** 2), 1e-8)
+    stats = {"reward": scores.mean().item(), "kl": mean(kl), "entropy": mean(H), "length": mask.sum(1).float().mean().item(),
+             "ended": (mask & (actions == tokenizer.eos_token)).any(1).float().mean().item(),
+             **({"explained_variance": 1 - unexplained} if critic else {})}
     return Batch(obs, actions, mask, logp, advantages, returns), stats
 
 
 def evaluate(task, policy, reference, tokenizer, config):
-    """Held-out prompts, completed once by sampling and once greedily, with the same random numbers at every call.
+    """Complete held-out prompts, sampled and greedily, with the same random numbers at every call.
 
-    Returns figures (reward, metric, kl, entropy, greedy: the metric of the greedy completions) and some sampled texts.
+    Returns means over the completions (reward, metric; greedy: the metric of the greedy ones) and over the actions (kl,
+    entropy), and the sampled (prompt, completion) pairs.
     """
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
 
     def episodes(prompts, temperature):
         for start in range(0, len(prompts), config.batch_size):
             part = prompts[start:start + config.batch_size]
-            rollout = sample(policy, [tokenizer.encode(p) for p in part], config.max_new_tokens, tokenizer.eos_token, temperature, generator)
+            rollout = sample(policy, [tokenizer.encode(p) for p in part], config.max_new_tokens, tokenizer.eos_token,
+                             temperature, generator)
             yield part, rollout.completions(tokenizer), rollout
 
+    texts, rewards, metrics, sums = [], [], [], torch.zeros(3)
     prompts = list(itertools.islice(itertools.cycle(task.heldout), config.eval_episodes))
-    rewards, metrics, texts, sums = [], [], [], torch.zeros(3)
     for part, completions, rollout in episodes(prompts, config.temperature):
         texts += zip(part, completions)
         rewards += score(task.reward, part, completions).tolist()
         metrics += map(task.metric, part, completions)
         _, _, kl, H = compare(policy, reference, rollout, config.temperature)
         sums += torch.stack([(kl * rollout.mask).sum(), (H * rollout.mask).sum(), rollout.mask.sum()]).cpu()
-    greedy = [m for part, completions, _ in episodes(task.heldout, 0) for m in map(task.metric, part, completions)]
-    figures = {"reward": fmean(rewards), "metric": fmean(metrics), "greedy": fmean(greedy),
-               "kl": (sums[0] / sums[2]).item(), "entropy": (sums[1] / sums[2]).item()}
-    return figures, texts
+    greedy = [value for part, completions, _ in episodes(task.heldout, 0) for value in map(task.metric, part, completions)]
+    kl, H = (sums[:2] / sums[2]).tolist()
+    return {"reward": fmean(rewards), "metric": fmean(metrics), "greedy": fmean(greedy), "kl": kl, "entropy": H}, texts
 
 
 def show(before, after, count=6):
@@ -338,11 +304,24 @@ def show(before, after, count=6):
         print("-" * width + "-+-" + "-" * width)
 
 
+def report(config, task, before, after, seconds_pretrain, seconds_rl):
+    """Print the summary; returns what goes to result.json."""
+    print(f"\non held-out prompts        before    after")
+    for name, label in {"reward": "reward", "metric": task.metric_name, "greedy": f"{task.metric_name}, greedy",
+                        "kl": "KL to the start, nats", "entropy": "entropy, nats"}.items():
+        print(f"{label:24}{before[name]:9.3f}{after[name]:9.3f}")
+    result = {"task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed, "metric": task.metric_name}
+    for name in ("reward", "metric", "greedy", "entropy"):
+        result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+    return result | {"kl": after["kl"], "iterations": config.iterations, "seconds_pretrain": seconds_pretrain,
+                     "seconds_rl": seconds_rl, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
 def train(config):
-    """One run, whole. Returns what goes to result.json."""
+    """One run, whole."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    device, run, task = pick_device(config.device), new_run(config), TASKS[config.task](config.pretrain_seed)
+    device, run, task = pick_device(config.device), claim_run(config), TASKS[config.task](config.pretrain_seed)
     policy, tokenizer, seconds_pretrain = pretrained(config, task, device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
@@ -351,49 +330,43 @@ def train(config):
     generators = {"prompts": torch.Generator().manual_seed(config.seed),
                   "sample": torch.Generator(device).manual_seed(config.seed + 1),
                   "update": torch.Generator().manual_seed(config.seed + 2)}
+    update = ALGOS[config.algo]
+
+    def save(iteration):
+        save_checkpoint(run / "checkpoint.pt", policy, tokenizer, critic=critic and critic.state_dict(),
+                        config=asdict(config), iteration=iteration)
 
     before, texts_before = evaluate(task, policy, reference, tokenizer, config)
-    print(f"\n{config.algo} with {config.advantage} on {config.task}, {sum(p.numel() for p in policy.parameters()):,} weights, "
-          f"{torch.get_num_threads()} threads on {device}")
-    start, writer = time.perf_counter(), None
-    with open(run / "metrics.csv", "w", newline="") as file:
+    if run.exists():  # and --overwrite was given
+        shutil.rmtree(run)
+    write_json(run / "config.json", asdict(config))
+    print(f"\n{config.algo} with {config.advantage} on {config.task}: {sum(p.numel() for p in policy.parameters()):,} weights, "
+          f"{torch.get_num_threads()} threads, {device}")
+    start = time.perf_counter()
+    with open(run / "metrics.csv", "w") as metrics:
         for iteration in range(1, config.iterations + 1):
             began = time.perf_counter()
             batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
-            stats |= ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
+            stats |= update(policy, batch, optimizer, config, generators["update"])
             if critic:
                 stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
             now = time.perf_counter()
             row = {"iteration": iteration, **stats, "seconds": now - began}
-            writer = writer or csv.DictWriter(file, row)
             if iteration == 1:
-                writer.writeheader()
-            writer.writerow({k: f"{v:.6g}" for k, v in row.items()})
-            file.flush()
+                print(*row, sep=",", file=metrics)
+            print(*(f"{value:.6g}" for value in row.values()), sep=",", file=metrics, flush=True)
             left = (now - start) / iteration * (config.iterations - iteration)
-            print(f"{iteration:4d}/{config.iterations}  reward {stats['reward']:+.3f}  kl {stats['kl']:.4f}  entropy {stats['entropy']:.3f}  "
-                  f"{now - began:.2f} s  {left:.0f} s left", flush=True)
-            if iteration % config.save_every == 0 or iteration == config.iterations:
-                save(run / "checkpoint.pt", config, policy, tokenizer, critic=critic and critic.state_dict(), iteration=iteration)
+            print(f"{iteration:4d}/{config.iterations}  reward {stats['reward']:+.3f}  kl {stats['kl']:.4f}  "
+                  f"entropy {stats['entropy']:.3f}  {now - began:.2f} s  {left:.0f} s left", flush=True)
+            if iteration % config.save_every == 0:
+                save(iteration)
+    save(config.iterations)
     seconds_rl = time.perf_counter() - start
+
     after, texts_after = evaluate(task, policy, reference, tokenizer, config)
     show(texts_before, texts_after)
-
-    result = {"task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed, "metric": task.metric_name}
-    for name in ("reward", "metric", "greedy", "entropy"):
-        result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
-    result |= {"kl": after["kl"], "iterations": config.iterations, "seconds_pretrain": seconds_pretrain,
-               "seconds_rl": seconds_rl, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    write_json(run / "result.json", result)
-    print(f"""
-on held-out prompts     before   after
-reward                {before['reward']:8.3f}{after['reward']:8.3f}
-{task.metric_name:22}{before['metric']:8.3f}{after['metric']:8.3f}
-{task.metric_name + ', greedy':22}{before['greedy']:8.3f}{after['greedy']:8.3f}
-KL to the reference   {before['kl']:8.4f}{after['kl']:8.4f}  nats per token
-entropy               {before['entropy']:8.3f}{after['entropy']:8.3f}  nats per token
-pretraining {seconds_pretrain:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}""")
-    return result
+    write_json(run / "result.json", report(config, task, before, after, seconds_pretrain, seconds_rl))
+    print(f"pretraining {seconds_pretrain:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}")
 
 
 def main(argv=None):
