@@ -26,7 +26,10 @@ class BadInput(ValueError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with one line for a mistake in place of two."""
+    """argparse with one line for a mistake, and no guessing at shortened options."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise BadInput(f"{message}: see --help")
@@ -51,13 +54,13 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts, vocab_size, sample_bytes=20_000):
-        """Learn a vocabulary of vocab_size tokens (256 bytes, the end of text, the rest merges) from a spread of the texts."""
+        """Learn vocab_size tokens (256 bytes, merges, the end of text) from a spread of the texts. Raises BadInput."""
         stride = max(1, sum(map(len, texts)) // sample_bytes)
         data = "\n".join(texts[::stride])
         try:
             ranks = tiktoken._educational.bpe_train(data, vocab_size - 1, SPLIT, visualise=None)
         except ValueError as e:  # fewer than 256 bytes asked for, or nothing left to merge
-            raise BadInput(f"cannot learn a vocabulary of {vocab_size} tokens from this corpus: choose another --vocab-size ({e})")
+            raise BadInput(f"this corpus does not give {vocab_size} tokens: choose another --vocab-size, 257 or more ({e})")
         return cls.from_merges(list(ranks)[256:])
 
     @classmethod
@@ -190,30 +193,23 @@ def save_checkpoint(path, policy, tokenizer, **more):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint: {"model", "policy", "tokenizer", …}, tensors and plain data only; nothing in the file is executed.
+    """What `save_checkpoint` wrote: (policy, tokenizer, {…everything else}). Nothing in the file is executed.
 
-    path: the file, or a run's directory.  Raises BadInput where it is missing or damaged.
+    path: the file, or a run's directory.  Raises BadInput where it is missing, damaged or inconsistent.
     """
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        checkpoint["model"], checkpoint["policy"], checkpoint["tokenizer"]
+        state = torch.load(path, map_location=device, weights_only=True)
+        policy = GPT(GPTConfig(**state.pop("model"))).to(device)
+        policy.load_state_dict(state.pop("policy"))
+        return policy, Tokenizer.from_state(state.pop("tokenizer")), state
+    except BadInput:
+        raise
     except Exception as e:  # a damaged file can raise nearly anything
-        raise BadInput(f"{path} is damaged or no checkpoint of ours: delete it and train again ({type(e).__name__})")
-    return checkpoint
-
-
-def load_policy(path, device="cpu"):
-    """The (policy, tokenizer) of a run's directory or checkpoint file. Raises BadInput as load_checkpoint does."""
-    checkpoint = load_checkpoint(path, device)
-    try:
-        policy = GPT(GPTConfig(**checkpoint["model"])).to(device)
-        policy.load_state_dict(checkpoint["policy"])
-        return policy, Tokenizer.from_state(checkpoint["tokenizer"])
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise BadInput(f"the weights in {path} do not fit its model: train again ({str(e).splitlines()[0]})")
+        reason = str(e).split("\n")[0] or type(e).__name__
+        raise BadInput(f"{path} is damaged or no checkpoint of ours: delete it and train again ({reason:.100})")
 
 
 # Talking to the result.
@@ -224,14 +220,15 @@ def main(argv=None):
     parser.add_argument("run", help="a run's directory, as in runs/NAME")
     parser.add_argument("--prompt", required=True, help="the text to complete")
     parser.add_argument("-n", type=int, default=4, help="completions (default 4)")
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="longest completion, tokens (default: as the context allows)")
+    parser.add_argument("--max-new-tokens", type=int,
+                        help="longest completion, tokens (default: what the context holds)")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
     try:
         args = parser.parse_args(argv)
         if args.n < 1 or not 0 <= args.temperature < math.inf or (args.max_new_tokens or 1) < 1:
             raise BadInput("-n and --max-new-tokens must be at least 1, and --temperature at least 0")
-        policy, tokenizer = load_policy(args.run)
+        policy, tokenizer, _ = load_checkpoint(args.run)
         prompt = tokenizer.encode(args.prompt)
         room = args.max_new_tokens or max(1, policy.config.block_size - len(prompt))
         generator = torch.Generator().manual_seed(args.seed)

@@ -26,7 +26,7 @@ from advantage import ADVANTAGES, token_rewards, whiten
 from algos import Batch, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, masked_mean, ppo, reinforce, trpo
 from model import GPT, Critic, GPTConfig
 from reward import TASKS
-from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, load_checkpoint, load_policy, sample, save_checkpoint,
+from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, load_checkpoint, sample, save_checkpoint,
                      write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
@@ -180,8 +180,8 @@ def pretrained(config, task, device):
     path = Path(config.out) / "pretrained" / f"{config.task}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     if path.exists():
         print(f"pretrained weights from {path}")
-        policy, tokenizer = load_policy(path, device)
-        return policy, tokenizer, load_checkpoint(path)["seconds"]
+        policy, tokenizer, more = load_checkpoint(path, device)
+        return policy, tokenizer, more["seconds"]
     start = time.perf_counter()
     tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if config.tokenizer == "bpe" else Tokenizer.gpt2()
     check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)

@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from advantage import discounted_returns, gae, group_normalize, leave_one_out, token_rewards, whiten
+
+# Rows of every kind: full, with a prompt before, with filler after, with both, one action, two turns with a gap between.
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0],
+                     [0, 1, 1, 0, 1, 1]]).bool()
+
+
+def numbers(seed):
+    return torch.randn(MASK.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_definition(rewards, values, gamma, lam, bootstrap=0.0):
+    """The double sum: A_t = Σ_k (γλ)^k δ_{t+k}, for one episode as a list of its actions."""
+    n = len(rewards)
+    v = [*values, bootstrap]
+    delta = [rewards[t] + gamma * v[t + 1] - v[t] for t in range(n)]
+    return [sum((gamma * lam) ** k * delta[t + k] for k in range(n - t)) for t in range(n)]
+
+
+@pytest.mark.parametrize("gamma, lam", [(1, 1), (0.9, 1), (1, 0), (0.9, 0.5), (0.97, 0.95), (0, 0.3)])
+@pytest.mark.parametrize("with_bootstrap", [False, True])
+def test_gae_is_the_double_sum_of_its_definition(gamma, lam, with_bootstrap):
+    rewards, values = numbers(0), numbers(1)
+    bootstrap = numbers(2)[:, 0] if with_bootstrap else None
+    advantages, returns = gae(rewards, values, MASK, gamma, lam, bootstrap)
+    for b, m in enumerate(MASK):
+        expected = by_definition(rewards[b, m].tolist(), values[b, m].tolist(), gamma, lam, bootstrap[b].item() if with_bootstrap else 0.0)
+        assert advantages[b, m].tolist() == pytest.approx(expected)
+        assert returns[b, m].tolist() == pytest.approx([a + v for a, v in zip(expected, values[b, m].tolist())])
+    assert (advantages[~MASK] == 0).all() and (returns[~MASK] == 0).all()
+
+
+def test_gae_worked_example():
+    rewards, mask = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+    assert gae(rewards, torch.zeros(1, 2), mask, 0.9, 0.5)[0].tolist() == [[1.0, 0.0]]
+    # By hand with γ=0.9, λ=0.5: δ = (1 + 0.9·4 - 2, 3 + 0 - 4) = (2.6, -1), A = (2.6 - 0.45, -1).
+    advantages, returns = gae(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 4.0]]), mask, 0.9, 0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[2.15, -1.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[4.15, 3.0]]))
+
+
+def test_gae_limits():
+    rewards, values, gamma = numbers(0), numbers(1), 0.9
+    monte_carlo, _ = gae(rewards, values, MASK, gamma, 1.0)
+    torch.testing.assert_close(monte_carlo, discounted_returns(rewards, MASK, gamma) - values * MASK)
+    td, _ = gae(rewards, values, MASK, gamma, 0.0)
+    b, t = 3, 1
+    assert td[b, t].item() == pytest.approx((rewards[b, t] + gamma * values[b, t + 1] - values[b, t]).item())
+    assert td[b, 3].item() == pytest.approx((rewards[b, 3] - values[b, 3]).item())  # after the last action nothing is owed
+
+
+def test_a_bootstrap_is_worth_what_the_rest_of_the_episode_would_have_been():
+    rewards, values, mask = numbers(0)[:1], numbers(1)[:1], MASK[:1]
+    whole, _ = gae(rewards, values, mask, 0.9, 0.0)
+    cut, _ = gae(rewards[:, :4], values[:, :4], mask[:, :4], 0.9, 0.0, bootstrap=values[:, 4])
+    torch.testing.assert_close(cut, whole[:, :4])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+def test_returns_are_the_sum_of_what_comes(gamma):
+    rewards = numbers(0)
+    returns = discounted_returns(rewards, MASK, gamma)
+    for b, m in enumerate(MASK):
+        r = rewards[b, m].tolist()
+        assert returns[b, m].tolist() == pytest.approx([sum(gamma ** k * x for k, x in enumerate(r[t:])) for t in range(len(r))])
+    assert (returns[~MASK] == 0).all()
+
+
+def test_nothing_off_the_mask_is_read():
+    rewards, values, junk = numbers(0), numbers(1), 1e6 * ~MASK
+    for clean, dirty in zip(gae(rewards, values, MASK, 0.9, 0.7), gae(rewards + junk, values - junk, MASK, 0.9, 0.7)):
+        assert torch.equal(clean, dirty)
+    assert torch.equal(discounted_returns(rewards, MASK, 0.9), discounted_returns(rewards + junk, MASK, 0.9))
+    assert torch.equal(whiten(rewards * MASK, MASK), whiten(rewards * MASK, MASK))
+    torch.testing.assert_close(whiten(rewards + junk, MASK), whiten(rewards, MASK))
+
+
+def test_the_score_sits_on_the_last_action():
+    scores = torch.arange(1.0, 7.0)
+    rewards = token_rewards(scores, MASK, torch.zeros(6, 6), torch.zeros(6, 6), 0.1)
+    last = [5, 5, 2, 3, 3, 5]
+    for b, t in enumerate(last):
+        assert rewards[b].tolist() == [scores[b].item() if s == t else 0.0 for s in range(6)]
+
+
+def test_kl_penalty_is_charged_where_the_policy_is_likelier_than_the_reference():
+    logp, ref = numbers(0), numbers(1)
+    rewards = token_rewards(torch.zeros(6, dtype=torch.float64), MASK, logp, ref, 0.3)
+    torch.testing.assert_close(rewards[MASK], 0.3 * (ref - logp)[MASK])
+    assert (rewards[~MASK] == 0).all()
+
+
+def test_whiten_uses_the_actions_alone():
+    x = numbers(0)
+    y = whiten(x, MASK)
+    assert y[MASK].mean().item() == pytest.approx(0, abs=1e-12) and y[MASK].var(unbiased=False).item() == pytest.approx(1)
+    expected = (x[MASK] - x[MASK].mean()) / x[MASK].std(unbiased=False)
+    torch.testing.assert_close(y[MASK], expected)
+    assert (y[~MASK] == 0).all()
+    assert (whiten(torch.full((2, 3), 7.0), torch.ones(2, 3, dtype=torch.bool)) == 0).all()  # no spread, no advantage
+
+
+def test_groups():
+    scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    assert leave_one_out(scores, 3).tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
+    normal = group_normalize(scores, 3)
+    assert normal[:3].tolist() == pytest.approx([-2 / 7 ** 0.5, -1 / 7 ** 0.5, 3 / 7 ** 0.5], rel=1e-5)  # variance (4+1+9)/2
+    assert normal[3:].tolist() == [0, 0, 0]

@@ -1,0 +1,353 @@
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from algos import (Batch, chosen, conjugate_gradient, entropy, fisher_vector_product, fit_critic, kl_divergence, line_search,
+                   log_probs, ppo, reinforce, trpo)
+from model import GPT, Critic, GPTConfig
+
+V, B, T = 4, 6, 5
+CONFIG = dict(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1e9, entropy_coef=0.0, delta=0.01,
+              cg_iters=10, damping=0.1, fisher_fraction=1.0, backtracks=10, critic_epochs=1)
+
+
+def config(**changes):
+    return SimpleNamespace(**{**CONFIG, **changes})
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def policy():
+    """A GPT small enough for its Fisher matrix to be written down, far enough from its start to be curved."""
+    policy = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=4), generator()).double()
+    for i, p in enumerate(policy.parameters()):
+        p.data += 0.3 * torch.randn(p.shape, generator=generator(i), dtype=p.dtype)
+    return policy
+
+
+def make_batch(policy, temperature=1.0, seed=1):
+    tokens = torch.randint(V, (B, T + 1), generator=generator(seed))
+    obs, actions = tokens[:, :-1], tokens[:, 1:]
+    start, end = torch.tensor([0, 1, 2, 0, 0, 3])[:, None], torch.tensor([5, 5, 4, 2, 1, 4])[:, None]
+    mask = (torch.arange(T) >= start) & (torch.arange(T) < end)
+    advantages, returns = torch.randn(2, B, T, generator=generator(seed + 1), dtype=torch.float64)
+    with torch.no_grad():
+        logprobs = chosen(log_probs(policy, obs, temperature), actions)
+    return Batch(obs, actions, mask, logprobs, advantages, returns)
+
+
+def weights(model):
+    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+
+
+def score_functions(policy, batch, temperature=1.0):
+    """For each action state (n of them): the probabilities (A,) and the scores ∇ log π(a|s) (A, params), one at a time."""
+    logp = log_probs(policy, batch.obs, temperature)
+    for b, t in batch.mask.nonzero().tolist():
+        rows = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(logp[b, t, a], list(policy.parameters()), retain_graph=True)])
+                for a in range(V)]
+        yield logp[b, t].detach().exp(), torch.stack(rows)
+
+
+def explicit_fisher(policy, batch, temperature=1.0):
+    """E over states and actions of ∇log π ∇log πᵀ."""
+    terms = [(p[:, None] * s).T @ s for p, s in score_functions(policy, batch, temperature)]
+    return sum(terms) / len(terms)
+
+
+def explicit_gradient(policy, batch):
+    """The policy gradient, action by action."""
+    total = 0
+    for (b, t), (_, s) in zip(batch.mask.nonzero().tolist(), score_functions(policy, batch)):
+        total = total + s[batch.actions[b, t]] * batch.advantages[b, t]
+    return total / batch.mask.sum()
+
+
+def mean_kl(old, new, batch):
+    """Mean KL(old‖new) over the action states, by loops. old, new: policies."""
+    p, q = (log_probs(m, batch.obs, 1.0).detach().exp() for m in (old, new))
+    kls = [sum(p[b, t, a] * (p[b, t, a] / q[b, t, a]).log() for a in range(V)).item() for b, t in batch.mask.nonzero().tolist()]
+    return sum(kls) / len(kls)
+
+
+def surrogate(old, new, batch):
+    p, q = (log_probs(m, batch.obs, 1.0).detach().exp() for m in (old, new))
+    terms = [(q[b, t, batch.actions[b, t]] / p[b, t, batch.actions[b, t]] * batch.advantages[b, t]).item()
+             for b, t in batch.mask.nonzero().tolist()]
+    return sum(terms) / len(terms)
+
+
+def sgd_move(update, policy, batch, **changes):
+    """What the update adds to the weights under plain gradient descent at rate 1: minus the gradient of its loss."""
+    policy = copy.deepcopy(policy)
+    before = weights(policy)
+    stats = update(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config(**changes), generator())
+    return weights(policy) - before, stats
+
+
+# Distributions.
+
+def test_entropy_and_kl_against_torch():
+    logp, logq = torch.randn(2, 3, 2, 7, generator=generator()).log_softmax(-1)
+    p, q = torch.distributions.Categorical(logits=logp), torch.distributions.Categorical(logits=logq)
+    torch.testing.assert_close(entropy(logp), p.entropy())
+    torch.testing.assert_close(kl_divergence(logp, logq), torch.distributions.kl_divergence(p, q))
+    assert (kl_divergence(logp, logp) == 0).all()
+
+
+# First order.
+
+@pytest.mark.parametrize("update", [reinforce, ppo])
+def test_first_step_is_the_policy_gradient(policy, update):
+    batch = make_batch(policy)
+    move, stats = sgd_move(update, policy, batch)
+    expected = explicit_gradient(policy, batch)
+    torch.testing.assert_close(move, expected)
+    assert stats["grad_norm"] == pytest.approx(expected.norm().item())
+
+
+def test_ppos_first_minibatch_is_reinforce_on_it(policy):
+    batch = make_batch(policy)
+    rows = torch.randperm(B, generator=generator()).chunk(3)[0]
+    stop_after_one = dict(minibatches=3, target_kl=1e-12)
+    move, stats = sgd_move(ppo, policy, batch, **stop_after_one)
+    assert stats["steps"] == 1
+    torch.testing.assert_close(move, sgd_move(reinforce, policy, batch.rows(rows))[0])
+
+
+def test_gradient_is_clipped_to_its_longest(policy):
+    move, stats = sgd_move(reinforce, policy, make_batch(policy), max_grad_norm=1e-3)
+    assert move.norm().item() == pytest.approx(1e-3, rel=1e-3) and stats["grad_norm"] > 1e-3
+
+
+class Table(torch.nn.Module):
+    """A policy of one state per row, whose logits are its weights."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, obs):
+        return self.logits[obs]
+
+
+# Ratio ρ, advantage A, and by hand with ε = 0.2: the objective min(ρA, clip(ρ)A) and its derivative by log π(a), ρA or none.
+CLIPPED = [(0.5, 1, 0.5, 0.5), (0.9, 1, 0.9, 0.9), (1.1, 1, 1.1, 1.1), (1.5, 1, 1.2, 0), (3.0, 2, 2.4, 0),
+           (0.5, -1, -0.8, 0), (0.9, -1, -0.9, -0.9), (1.1, -1, -1.1, -1.1), (1.5, -1, -1.5, -1.5), (3.0, -2, -6.0, -6.0)]
+
+
+@pytest.mark.parametrize("ratio, adv, objective, slope", CLIPPED)
+def test_ppo_clips_what_it_should(ratio, adv, objective, slope):
+    policy = Table(torch.tensor([[0.3, -0.4, 0.1]], dtype=torch.float64))
+    p = policy.logits.detach().softmax(-1)[0]
+    one = torch.ones(1, 1, dtype=torch.float64)
+    batch = Batch(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[1]]), one.bool(), (p[1] / ratio).log() * one, adv * one, one)
+    move, stats = sgd_move(ppo, policy, batch)
+    assert stats["loss"] == pytest.approx(-objective)
+    expected = slope * (torch.eye(3, dtype=torch.float64)[1] - p)  # ∂ log π(a) / ∂ logits
+    torch.testing.assert_close(move, expected)
+    assert stats["clip_fraction"] == float(not 0.8 <= ratio <= 1.2)
+
+
+def test_ppo_stops_at_the_target_kl(policy):
+    batch = make_batch(policy)
+    _, free = sgd_move(ppo, policy, batch, epochs=50, minibatches=2, clip=1e9)
+    _, held = sgd_move(ppo, policy, batch, epochs=50, minibatches=2, clip=1e9, target_kl=0.01)
+    assert free["steps"] == 100 and 1 <= held["steps"] < 100 and held["kl_update"] < free["kl_update"]
+
+
+def test_entropy_bonus_raises_entropy():
+    policy = Table(torch.tensor([[2.0, 0.0, -1.0]], dtype=torch.float64))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    before = log_probs(policy, torch.zeros(1, 1, dtype=torch.long), 1.0).detach()
+    batch = Batch(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[0]]), one.bool(), before[..., 0], 0 * one, one)
+    ppo(policy, batch, torch.optim.SGD(policy.parameters(), 0.1), config(entropy_coef=1.0), generator())
+    assert entropy(log_probs(policy, batch.obs, 1.0)) > entropy(before)
+
+
+@pytest.mark.parametrize("update", [reinforce, ppo, trpo])
+def test_updates_see_the_actions_alone(policy, update):
+    batch, dirty = make_batch(policy), make_batch(policy)
+    dirty.advantages[~batch.mask], dirty.logprobs[~batch.mask] = 1e3, -3.0
+    dirty.actions = batch.actions.masked_fill(~batch.mask, 0)
+    torch.testing.assert_close(sgd_move(update, policy, batch)[0], sgd_move(update, policy, dirty)[0])
+
+
+@pytest.mark.parametrize("update", [reinforce, ppo, trpo])
+def test_reported_kl_is_the_kl_of_the_move(policy, update):
+    batch, new = make_batch(policy), copy.deepcopy(policy)
+    stats = update(new, batch, torch.optim.SGD(new.parameters(), 0.1), config(epochs=3, minibatches=2), generator())
+    assert stats["kl_update"] == pytest.approx(mean_kl(policy, new, batch)) and stats["kl_update"] > 0
+
+
+@pytest.mark.parametrize("update", [reinforce, ppo, trpo])
+def test_temperature_is_part_of_the_policy(policy, update):
+    """Training at temperature τ is training, at 1, the policy whose logits are divided by τ."""
+    tau = 1.7
+
+    class Divided(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, obs):
+            return self.inner(obs) / tau
+
+    batch = make_batch(policy, tau)
+    torch.testing.assert_close(sgd_move(update, policy, batch, temperature=tau)[0], sgd_move(update, Divided(policy), batch)[0])
+
+
+# The critic.
+
+def test_critic_fit_is_least_squares_on_the_actions(policy):
+    batch = make_batch(policy)
+    critic = Critic(policy.config).double()
+    before, values = weights(critic), critic(batch.obs).detach()
+    fit_critic(critic, batch, torch.optim.SGD(critic.parameters(), 0.5), config(), generator())
+    # Values start at zero, so does their dependence on the trunk: the bias moves by minus half of d/db mean (b - G)² = G's mean.
+    move = weights(critic) - before
+    assert (values == 0).all()
+    assert move[-1].item() == pytest.approx(batch.returns[batch.mask].mean().item())
+
+    optimizer = torch.optim.Adam(critic.parameters(), 0.01)
+    losses = [fit_critic(critic, batch, optimizer, config(), generator())["critic_loss"] for _ in range(300)]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+# Second order.
+
+def test_conjugate_gradient_solves():
+    n = 12
+    M = torch.randn(n, n, generator=generator(), dtype=torch.float64)
+    A, b = M @ M.T + 0.1 * torch.eye(n, dtype=torch.float64), torch.randn(n, generator=generator(1), dtype=torch.float64)
+    x, r = conjugate_gradient(lambda v: A @ v, b, iters=50, tol=1e-24)
+    torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=1e-7, atol=1e-7)
+    x, r = conjugate_gradient(lambda v: A @ v, b, iters=4)
+    torch.testing.assert_close(r, b - A @ x)
+    assert (x @ (b - r)).item() == pytest.approx((x @ A @ x).item())
+
+
+def test_conjugate_gradient_needs_one_product_per_distinct_eigenvalue():
+    A, products = torch.diag(torch.tensor([1.0, 1, 5, 5, 9], dtype=torch.float64)), []
+    x, _ = conjugate_gradient(lambda v: products.append(1) or A @ v, torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(A @ x, torch.ones(5, dtype=torch.float64))
+    assert len(products) == 3
+
+
+def test_conjugate_gradient_guards():
+    def never(v):
+        raise AssertionError("no product is needed for b = 0")
+    x, r = conjugate_gradient(never, torch.zeros(3))
+    assert (x == 0).all() and (r == 0).all()
+    x, r = conjugate_gradient(lambda v: -v, torch.ones(3))  # negative curvature
+    assert (x == 0).all() and (r == 1).all()
+    x, r = conjugate_gradient(lambda v: torch.tensor([1.0, -1.0]) * v, torch.tensor([2.0, 1.0]))  # curvature turns: first step only
+    assert x.isfinite().all() and r.isfinite().all()
+    x, r = conjugate_gradient(lambda v: v * float("nan"), torch.ones(3))
+    assert (x == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_fisher_vector_product_is_the_fisher_matrix(policy, temperature):
+    batch = make_batch(policy, temperature)
+    product, n = fisher_vector_product(policy, batch, temperature), len(weights(policy))
+    F = torch.stack([product(e) for e in torch.eye(n, dtype=torch.float64)])
+    expected = explicit_fisher(policy, batch, temperature)
+    torch.testing.assert_close(F, expected)
+    assert expected.abs().max() > 0.01
+    assert torch.linalg.eigvalsh(F).min() > -1e-12
+
+
+def test_kl_of_a_small_step_is_half_its_fisher_norm(policy):
+    batch = make_batch(policy)
+    product, n = fisher_vector_product(policy, batch), len(weights(policy))
+    s = torch.nn.functional.normalize(torch.randn(n, generator=generator(), dtype=torch.float64), dim=0)
+    errors = []
+    for scale in (0.02, 0.01, 0.005):
+        moved = copy.deepcopy(policy)
+        torch.nn.utils.vector_to_parameters(weights(policy) + scale * s, moved.parameters())
+        errors.append(abs(mean_kl(policy, moved, batch) - 0.5 * scale ** 2 * (s @ product(s)).item()))
+    assert errors[0] / errors[1] == pytest.approx(8, rel=0.1) and errors[1] / errors[2] == pytest.approx(8, rel=0.1)
+
+
+def test_line_search_takes_the_first_that_gains_within_the_region():
+    w = torch.zeros(2)
+    step = torch.tensor([8.0, 0.0])
+    found = line_search(lambda: (w[0], w[0] ** 2), [w], step, delta=5.0, backtracks=5)
+    assert found == (2, 2.0, 4.0) and w.tolist() == [2, 0]
+    w.zero_()
+    assert line_search(lambda: (w[0] - 3, w[0] ** 2), [w], step, delta=5.0, backtracks=5) is None
+    assert w.tolist() == [0, 0]
+    assert line_search(lambda: (w[0], w[0] ** 2), [w], step, delta=5.0, backtracks=1) is None  # out of tries
+    assert line_search(lambda: (w[0] * float("nan"), w[0] * 0), [w], step, delta=5.0, backtracks=5) is None
+
+
+def test_trpo_steps_along_the_natural_gradient_to_the_edge(policy):
+    batch, new, delta, damping = make_batch(policy), copy.deepcopy(policy), 1e-4, 1e-2
+    stats = trpo(new, batch, None, config(delta=delta, damping=damping, cg_iters=200), generator())
+    F = explicit_fisher(policy, batch)
+    F += damping * torch.eye(len(F), dtype=torch.float64)
+    g = explicit_gradient(policy, batch)
+    x = torch.linalg.solve(F, g)
+    step = (2 * delta / (x @ F @ x)).sqrt() * x
+    error = weights(new) - weights(policy) - step * 0.5 ** stats["halvings"]
+    assert error.norm() < 1e-3 * step.norm()
+    assert stats["step_norm"] == pytest.approx((weights(new) - weights(policy)).norm().item())
+    assert stats["grad_norm"] == pytest.approx(g.norm().item())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("delta", [0.003, 0.3])
+def test_an_accepted_trpo_step_keeps_its_promises(policy, seed, delta):
+    batch, new = make_batch(policy, seed=seed), copy.deepcopy(policy)
+    stats = trpo(new, batch, None, config(delta=delta), generator())
+    assert stats["accepted"] == 1
+    assert 0 < mean_kl(policy, new, batch) <= delta * (1 + 1e-9)
+    gain = surrogate(policy, new, batch) - surrogate(policy, policy, batch)
+    assert gain > 0 and stats["gain"] == pytest.approx(gain)
+
+
+def test_a_rejected_trpo_step_leaves_every_bit(policy, monkeypatch):
+    policy = policy.float()
+    batch = make_batch(policy)
+    batch.advantages, before = batch.advantages.float(), weights(policy)
+    monkeypatch.setattr("algos.kl_divergence", lambda p, q: torch.full(p.shape[:2], 1.0))  # every step seems to leave the region
+    stats = trpo(policy, batch, None, config(), generator())
+    assert stats["accepted"] == 0 and stats["halvings"] == 11 and stats["kl_update"] == stats["gain"] == stats["step_norm"] == 0
+    assert torch.equal(weights(policy), before)
+
+
+@pytest.mark.parametrize("adv", [0.0, float("nan")])
+def test_trpo_without_a_usable_gradient_does_not_move(policy, adv):
+    batch, before = make_batch(policy), weights(policy)
+    batch.advantages = torch.full_like(batch.advantages, adv)
+    stats = trpo(policy, batch, None, config(), generator())
+    assert stats["accepted"] == 0 and torch.equal(weights(policy), before)
+
+
+def test_trpo_fisher_fraction_takes_a_random_part(policy):
+    batch, seen = make_batch(policy), []
+
+    class Watched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = policy
+
+        def forward(self, obs):
+            seen.append(len(obs))
+            return self.inner(obs)
+
+    trpo(Watched(), batch, None, config(fisher_fraction=0.5), generator())
+    assert seen[0] == B and set(seen[1:-1]) >= {3} and seen[-1] == B  # gradient, products, line search
+
+
+def test_frozen_weights_stay(policy):
+    policy.transformer.wpe.weight.requires_grad_(False)
+    frozen, batch = policy.transformer.wpe.weight.clone(), make_batch(policy)
+    assert trpo(policy, batch, None, config(), generator())["accepted"] == 1
+    assert torch.equal(policy.transformer.wpe.weight, frozen)

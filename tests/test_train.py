@@ -1,0 +1,183 @@
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import reward
+import train
+from rollout import BadInput, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--n-layer 1 --n-embd 16 --n-head 2 --pretrain-steps 60 --iterations 2 --batch-size 16 --minibatches 2 "
+        "--eval-episodes 16 --threads 1").split()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A directory of runs; the first run that a test makes in it leaves pretrained weights for the others."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def go(out, *options):
+    return train.main([*TINY, "--out", str(out), *map(str, options)])
+
+
+def rows(run, timings=False):
+    return [{k: v for k, v in row.items() if timings or k != "seconds"} for row in csv.DictReader(open(run / "metrics.csv"))]
+
+
+@pytest.mark.parametrize("algo", train.ALGOS)
+def test_a_short_run_of_each_algorithm(out, algo):
+    command = [sys.executable, ROOT / "train.py", *TINY, "--algo", algo, "--name", algo, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^ +\d/2  reward .* kl .* entropy .* s left$", done.stdout, re.M)) == 2
+    assert "before" in done.stdout and "after" in done.stdout
+
+    run = out / algo
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "checkpoint.pt", "result.json"}
+    result = json.loads((run / "result.json").read_text())
+    assert {"task", "algo", "seed", "reward_before", "reward_after", "metric_before", "metric_after", "greedy_before",
+            "greedy_after", "kl", "seconds_pretrain", "seconds_rl", "threads"} <= set(result)
+    assert result["task"] == "reviews" and result["algo"] == algo and result["threads"] == 1 and result["kl"] > 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["algo"] == algo and config["n_embd"] == 16 and config["vocab_size"] == 620
+    table = rows(run)
+    assert [row["iteration"] for row in table] == ["1", "2"]
+    assert all(math.isfinite(float(value)) for row in table for value in row.values())
+    assert float(table[0]["kl"]) == 0 < float(table[1]["kl"])  # at first the policy is its own reference
+
+    trained, tokenizer, more = load_checkpoint(run)
+    start, _, _ = load_checkpoint(next((out / "pretrained").iterdir()))
+    assert not torch.equal(trained.transformer.wte.weight, start.transformer.wte.weight)
+    assert more["config"] == config and more["iteration"] == 2 and "value_head.weight" in more["critic"]
+
+
+def test_pretraining_is_done_once(out, capsys):
+    go(out, "--name", "first", "--iterations", 0)
+    files = {p: p.stat().st_mtime_ns for p in (out / "pretrained").iterdir()}
+    go(out, "--name", "second", "--iterations", 0, "--algo", "ppo", "--seed", 5)
+    assert "pretrained weights from" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (out / "pretrained").iterdir()} == files
+    results = [json.loads((out / name / "result.json").read_text()) for name in ("first", "second")]
+    assert results[0]["reward_before"] == results[1]["reward_before"] and results[0]["entropy_before"] == results[1]["entropy_before"]
+    assert results[0]["reward_after"] == results[0]["reward_before"] and results[0]["kl"] == 0
+
+
+def test_same_seed_same_numbers(out):
+    for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
+        go(out, "--name", name, "--seed", seed, "--algo", "trpo")
+    assert rows(out / "a") == rows(out / "b") != rows(out / "c")
+
+
+@pytest.mark.parametrize("kind", train.ADVANTAGES)
+def test_every_advantage_runs(out, kind):
+    assert go(out, "--name", kind, "--advantage", kind, "--algo", "reinforce") is None
+    assert ("explained_variance" in rows(out / kind)[0]) == (kind == "gae")  # only gae needs a critic
+
+
+@pytest.mark.parametrize("algo", train.ALGOS)
+def test_each_algorithm_learns(tmp_path_factory, algo):
+    """A small policy, well enough pretrained, learns to say hello, which it did in one reply of fifty."""
+    out = tmp_path_factory.getbasetemp() / "learn"
+    options = "--task hello --n-embd 32 --n-head 4 --pretrain-steps 300 --iterations 25 --batch-size 128 --minibatches 4 --kl-coef 0.02 --lr 2e-3"
+    assert go(out, *options.split(), "--algo", algo, "--name", algo) is None
+    result = json.loads((out / algo / "result.json").read_text())
+    assert result["reward_before"] < 0.2 and result["reward_after"] > 0.6
+
+
+def test_kl_penalty_holds_the_policy_back(tmp_path_factory):
+    out = tmp_path_factory.getbasetemp() / "learn"
+    options = "--task hello --n-embd 32 --n-head 4 --pretrain-steps 300 --iterations 10 --batch-size 128 --minibatches 4"
+    for beta in (0, 3):
+        go(out, *options.split(), "--kl-coef", beta, "--name", f"beta{beta}")
+    kl = {beta: json.loads((out / f"beta{beta}" / "result.json").read_text())["kl"] for beta in (0, 3)}
+    assert kl[3] < 0.5 * kl[0]
+
+
+# Bad input: one line, exit status 2, nothing written over.
+
+@pytest.mark.parametrize("options, says", [
+    ("--task chess", "chess"), ("--algo dqn", "dqn"), ("--advantage magic", "magic"), ("--tokenizer words", "words"),
+    ("--gamma 1.1", "--gamma is 1.1"), ("--gamma -0.1", "--gamma"), ("--lam 2", "--lam"), ("--lam nan", "--lam"),
+    ("--iterations -1", "--iterations"), ("--iterations many", "--iterations"), ("--iterations 1.5", "--iterations"),
+    ("--batch-size 0", "--batch-size"), ("--batch-size 18", "--group-size"), ("--minibatches 17", "--minibatches"),
+    ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--temperature 0", "--temperature"), ("--delta -1", "--delta"),
+    ("--fisher-fraction 0", "--fisher-fraction"), ("--fisher-fraction 1.5", "--fisher-fraction"), ("--n-head 3", "--n-head"),
+    ("--vocab-size 256", "--vocab-size"), ("--vocab-size 99999", "--vocab-size"), ("--seed -1", "--seed"), ("--threads -1", "--threads"),
+    ("--advantage rloo --group-size 1", "--group-size"), ("--max-new-tokens 64", "context"), ("--block-size 8", "context"),
+    ("--device cuda:77", "cuda:77"), ("--device toaster", "toaster"), ("--name a/b", "--name"), ("--name ..", "--name"),
+    ("--name pretrained", "--name"), ("--out /proc/nowhere", "--out"), ("--unknown 1", "--unknown"), ("--iter 3", "--iter")])
+def test_bad_options(out, capsys, options, says):
+    before = sorted(map(str, out.rglob("*")))
+    assert go(out, *options.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert sorted(map(str, out.rglob("*"))) == before
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_existing_run_stays(out, capsys):
+    go(out, "--name", "mine", "--iterations", 1)
+    before = contents(out / "mine")
+    assert go(out, "--name", "mine") == 2
+    assert "--overwrite" in capsys.readouterr().err and contents(out / "mine") == before
+    assert go(out, "--name", "mine", "--iterations", 2, "--overwrite") is None
+    assert len(rows(out / "mine")) == 2
+
+
+def test_what_is_no_run_is_never_replaced(out, capsys):
+    (out / "thesis").mkdir()
+    (out / "thesis" / "chapter1.txt").write_text("years of work")
+    assert go(out, "--name", "thesis", "--overwrite") == 2
+    assert (out / "thesis" / "chapter1.txt").read_text() == "years of work"
+    (out / "file").write_text("x")
+    assert go(out, "--name", "file", "--overwrite") == 2
+    assert go(out / "file") == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 3 and all(line.startswith("error: ") for line in err)
+
+
+def test_a_damaged_pretrained_checkpoint(tmp_path, capsys):
+    go(tmp_path, "--name", "one", "--iterations", 0)
+    cached = next((tmp_path / "pretrained").iterdir())
+    cached.write_bytes(cached.read_bytes()[:1000])
+    assert go(tmp_path, "--name", "two") == 2
+    err = capsys.readouterr().err
+    assert str(cached) in err and err.count("\n") == 1 and not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "good", [0.5, 0.5], torch.ones(2), 1j])
+def test_a_reward_that_is_no_number(out, capsys, monkeypatch, value):
+    def broken(seed, honest=reward.TASKS["reviews"]):
+        task = honest(seed)
+        return reward.Task(task.corpus, task.prompts, task.heldout, lambda p, c: value, task.metric, task.metric_name)
+    monkeypatch.setitem(train.TASKS, "reviews", broken)
+    assert go(out, "--name", "broken", "--overwrite") == 2
+    err = capsys.readouterr().err
+    assert "one finite number" in err and err.count("\n") == 1
+    assert not (out / "broken").exists()
+
+
+def test_scores_are_taken_as_given():
+    assert train.score(lambda p, c: len(c), ["a", "b"], ["xyz", ""]).tolist() == [3.0, 0.0]
+    assert train.score(lambda p, c: True, ["a"], ["b"]).tolist() == [1.0]
+    with pytest.raises(BadInput, match="'wow'"):
+        train.score(lambda p, c: math.nan, ["a"], ["wow"])
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as e:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    assert all("--" + name.replace("_", "-") in text for name in train.Config.__dataclass_fields__)
