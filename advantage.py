@@ -75,7 +75,7 @@ def group_normalize(scores, group_size, eps=1e-6):
 
 
 def whiten(x, mask, eps=1e-8):
-    """x shifted and scaled to mean 0 and variance 1 over the actions alone. x, mask: (B, T). Returns (B, T), 0 off the mask."""
+    """x (B, T) shifted and scaled to mean 0 and variance 1 over the actions alone; 0 elsewhere."""
     n = mask.sum()
     mean = (x * mask).sum() / n
     var = ((x - mean) ** 2 * mask).sum() / n

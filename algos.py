@@ -167,10 +167,10 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
 def fisher_vector_product(policy, batch, temperature=1.0):
     """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
 
-    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is F = E[Jᵀ (diag p - p pᵀ) J], J being the
-    derivative of a state's logits and p their softmax. From right to left: J v by forward-mode differentiation, the little
-    matrix by hand, Jᵀu by one backward pass over a graph that is kept for all products. No second derivative of the network
-    is taken, and F is positive semi-definite by construction.
+    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is F = E[Jᵀ (diag p - p pᵀ) J], where J is
+    the derivative of a state's logits and p their softmax. From right to left: J v by forward-mode differentiation, the
+    little matrix by hand, Jᵀu by one backward pass over a graph that is kept for all products. No second derivative of the
+    network is taken, and F is positive semi-definite by construction.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives", section 9.
     """
     params = {name: p for name, p in policy.named_parameters() if p.requires_grad}

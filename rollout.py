@@ -117,7 +117,7 @@ def check_fit(prompts, max_new_tokens, block_size):
     if min(map(len, prompts)) == 0:
         raise BadInput("a prompt is empty: give it at least one character")
     if longest + max_new_tokens > block_size:
-        raise BadInput(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {block_size} tokens: "
+        raise BadInput(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {block_size}: "
                        "shorten the prompt, lower --max-new-tokens or train with a larger --block-size")
 
 

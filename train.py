@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from advantage import ADVANTAGES, token_rewards, whiten
-from algos import Batch, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, masked_mean, ppo, reinforce, trpo
+from algos import (Batch, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, masked_mean, ppo, reinforce,
+                   trpo)
 from model import GPT, Critic, GPTConfig
 from reward import TASKS
 from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, load_checkpoint, sample, save_checkpoint,
@@ -39,8 +40,8 @@ DEFAULTS = {
     "reinforce": dict(iterations=80),
     "ppo": dict(lr=5e-4),
     "reviews": dict(vocab_size=620, block_size=64, max_new_tokens=44),
-    "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8, pretrain_batch=128, pretrain_lr=3e-3,
-                     kl_coef=0.01, iterations=150, lr=1e-4),
+    "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8, pretrain_batch=128,
+                     pretrain_lr=3e-3, kl_coef=0.01, iterations=150, lr=1e-4, damping=1.0),
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
 }
 
@@ -111,7 +112,8 @@ def parse(argv):
             continue
         own = [f"{name}: {d[f.name]}" for name, d in DEFAULTS.items() if f.name in d]
         default = ", ".join(([] if f.default == "" else [str(f.default)]) + own)
-        parser.add_argument(flag, type=f.type, choices=choices and list(choices), metavar=None if choices else f.type.__name__.upper(),
+        parser.add_argument(flag, type=f.type, choices=choices and list(choices),
+                            metavar=None if choices else f.type.__name__.upper(),
                             help=help + (f" (default {default})" if default else ""))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     config = Config(**given)
@@ -130,7 +132,8 @@ def parse(argv):
                 f"--{f.name.replace('_', '-')} is {value}: it must be {bound}")
     c = config
     require(c.n_embd % c.n_head == 0, f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
-    require(c.batch_size % c.group_size == 0, f"--batch-size {c.batch_size} must be a multiple of --group-size {c.group_size}")
+    require(c.batch_size % c.group_size == 0,
+            f"--batch-size {c.batch_size} must be a multiple of --group-size {c.group_size}")
     require(c.group_size > 1 or c.advantage not in ("rloo", "grpo"),
             f"--advantage {c.advantage} compares the episodes of a prompt: give --group-size 2 or more")
     require(c.minibatches <= c.batch_size, f"--minibatches {c.minibatches} must be at most --batch-size {c.batch_size}")
@@ -175,8 +178,8 @@ def pretrained(config, task, device):
     """The policy and tokenizer that maximum likelihood makes of the task's corpus, from the cache where they are there.
 
     Returns (policy, tokenizer, seconds that it took)."""
-    names = ("pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr").split()
-    key = json.dumps([getattr(config, name) for name in names] + [task.corpus])
+    decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
+    key = json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus])
     path = Path(config.out) / "pretrained" / f"{config.task}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     if path.exists():
         print(f"pretrained weights from {path}")
@@ -219,7 +222,8 @@ def imitate(policy, texts, config, generator):
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         gradient_step(policy, loss, optimizer, max_grad_norm=1.0)
         if step % 100 == 0:
-            print(f"pretrain {step:5d}/{steps}  loss {loss.item():.3f} nats per token  {time.perf_counter() - start:.0f} s", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"pretrain {step:5d}/{steps}  loss {loss.item():.3f} nats per token  {seconds:.0f} s", flush=True)
 
 
 # Phase 2: episodes.
@@ -259,7 +263,8 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
         advantages = whiten(advantages, mask)
     mean = lambda x: masked_mean(x, mask).item()
     unexplained = mean((returns - values) ** 2) / max(mean((returns - mean(returns)) ** 2), 1e-8)
-    stats = {"reward": scores.mean().item(), "kl": mean(kl), "entropy": mean(H), "length": mask.sum(1).float().mean().item(),
+    stats = {"reward": scores.mean().item(), "kl": mean(kl), "entropy": mean(H),
+             "length": mask.sum(1).float().mean().item(),
              "ended": (mask & (actions == tokenizer.eos_token)).any(1).float().mean().item(),
              **({"explained_variance": 1 - unexplained} if critic else {})}
     return Batch(obs, actions, mask, logp, advantages, returns), stats
@@ -288,7 +293,8 @@ def evaluate(task, policy, reference, tokenizer, config):
         metrics += map(task.metric, part, completions)
         _, _, kl, H = compare(policy, reference, rollout, config.temperature)
         sums += torch.stack([(kl * rollout.mask).sum(), (H * rollout.mask).sum(), rollout.mask.sum()]).cpu()
-    greedy = [value for part, completions, _ in episodes(task.heldout, 0) for value in map(task.metric, part, completions)]
+    greedy = [value for part, completions, _ in episodes(task.heldout, 0)
+              for value in map(task.metric, part, completions)]
     kl, H = (sums[:2] / sums[2]).tolist()
     return {"reward": fmean(rewards), "metric": fmean(metrics), "greedy": fmean(greedy), "kl": kl, "entropy": H}, texts
 
@@ -306,11 +312,12 @@ def show(before, after, count=6):
 
 def report(config, task, before, after, seconds_pretrain, seconds_rl):
     """Print the summary; returns what goes to result.json."""
-    print(f"\non held-out prompts        before    after")
+    print("\non held-out prompts        before    after")
     for name, label in {"reward": "reward", "metric": task.metric_name, "greedy": f"{task.metric_name}, greedy",
                         "kl": "KL to the start, nats", "entropy": "entropy, nats"}.items():
         print(f"{label:24}{before[name]:9.3f}{after[name]:9.3f}")
-    result = {"task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed, "metric": task.metric_name}
+    result = {"task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed,
+              "metric": task.metric_name}
     for name in ("reward", "metric", "greedy", "entropy"):
         result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     return result | {"kl": after["kl"], "iterations": config.iterations, "seconds_pretrain": seconds_pretrain,
@@ -340,7 +347,8 @@ def train(config):
     if run.exists():  # and --overwrite was given
         shutil.rmtree(run)
     write_json(run / "config.json", asdict(config))
-    print(f"\n{config.algo} with {config.advantage} on {config.task}: {sum(p.numel() for p in policy.parameters()):,} weights, "
+    size = sum(p.numel() for p in policy.parameters())
+    print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, "
           f"{torch.get_num_threads()} threads, {device}")
     start = time.perf_counter()
     with open(run / "metrics.csv", "w") as metrics:
