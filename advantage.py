@@ -1,7 +1,7 @@
 """Rewards to advantages: pure functions on (B, T) tensors.
 
 Column t of every tensor belongs to the t-th action of its row, and mask (B, T) is True where the policy acted. Elsewhere
-inputs are ignored and outputs are zero; time is counted in actions, so prompts and padding take none.
+inputs are ignored and outputs are zero; time is counted in actions, so a recursion passes over prompts and padding.
 """
 
 import torch
@@ -14,7 +14,7 @@ def token_rewards(scores, mask, logp, ref_logp, kl_coef):
     nat.  Returns (B, T). The sum over a row is score - β · (the row's sampled log-ratio), whose expectation is
     score - β KL(π‖π_ref).  Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", equation 2.
     """
-    rewards = -kl_coef * (logp - ref_logp) * mask
+    rewards = -kl_coef * (logp - ref_logp).masked_fill(~mask, 0)
     actions_left = mask.flip(1).cumsum(1).flip(1)  # (B, T), this one included
     last = mask & (actions_left == 1)
     return rewards + scores[:, None] * last  # the reward sits on the last action: the end of text, where there is one
@@ -30,7 +30,7 @@ def discounted_returns(rewards, mask, gamma):
     for t in reversed(range(rewards.shape[1])):
         G = torch.where(mask[:, t], rewards[:, t] + gamma * G, G)
         returns[:, t] = G
-    return returns * mask
+    return returns.masked_fill(~mask, 0)
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap=None):
@@ -45,13 +45,13 @@ def gae(rewards, values, mask, gamma, lam, bootstrap=None):
     """
     advantages = torch.zeros_like(rewards)
     adv = torch.zeros_like(rewards[:, 0])  # (B,) A_{t+1}
-    next_value = adv if bootstrap is None else bootstrap  # (B,) V(s_{t+1})
+    next_value = torch.zeros_like(adv) if bootstrap is None else bootstrap  # (B,) V(s_{t+1})
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         adv = torch.where(mask[:, t], delta + gamma * lam * adv, adv)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = adv
-    return advantages * mask, (advantages + values) * mask
+    return advantages.masked_fill(~mask, 0), (advantages + values).masked_fill(~mask, 0)
 
 
 def leave_one_out(scores, group_size):
@@ -64,11 +64,11 @@ def leave_one_out(scores, group_size):
     return ((groups - groups.mean(1, keepdim=True)) * group_size / (group_size - 1)).view(-1)
 
 
-def group_normalize(scores, group_size, eps=1e-6):
+def group_normalize(scores, group_size, eps=1e-4):
     """Each score less its group's mean, over its group's standard deviation.
 
-    scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2.  Returns (B,), zero where a group is all alike.
-    GRPO: Shao et al. 2024, "DeepSeekMath", section 4.1.2.
+    scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2.  Returns (B,), next to nothing where a group is
+    all alike.  GRPO: Shao et al. 2024, "DeepSeekMath", section 4.1.2.
     """
     groups = scores.view(-1, group_size)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + eps)).view(-1)
@@ -76,10 +76,9 @@ def group_normalize(scores, group_size, eps=1e-6):
 
 def whiten(x, mask, eps=1e-8):
     """x (B, T) shifted and scaled to mean 0 and variance 1 over the actions alone; 0 elsewhere."""
-    n = mask.sum()
-    mean = (x * mask).sum() / n
-    var = ((x - mean) ** 2 * mask).sum() / n
-    return (x - mean) * (var + eps).rsqrt() * mask
+    mean = x[mask].mean()
+    var = ((x[mask] - mean) ** 2).mean()
+    return ((x - mean) * (var + eps).rsqrt()).masked_fill(~mask, 0)
 
 
 # What --advantage names: (rewards, values, mask, config) -> (advantages, the critic's targets), all (B, T).
@@ -96,7 +95,7 @@ def from_gae(rewards, values, mask, config):
 def from_group(compare):
     """Every action of an episode gets the episode's total reward, compared with the other episodes of its prompt."""
     def estimate(rewards, values, mask, config):
-        totals = (rewards * mask).sum(1)  # (B,)
+        totals = rewards.masked_fill(~mask, 0).sum(1)  # (B,)
         return compare(totals, config.group_size)[:, None] * mask, totals[:, None] * mask
     return estimate
 

@@ -34,7 +34,7 @@ class Batch:
 
 def masked_mean(x, mask):
     """The mean of x (B, T) over the actions."""
-    return (x * mask).sum() / mask.sum()
+    return x.masked_fill(~mask, 0).sum() / mask.sum()
 
 
 def log_probs(policy, obs, temperature):
@@ -53,7 +53,7 @@ def entropy(logp):
 
 
 def kl_divergence(logp, logq):
-    """KL(p‖q) (B, T) in nats, exact over all A actions and so never negative. logp, logq: (B, T, A)."""
+    """KL(p‖q) (B, T) in nats, exact over all A actions, so never negative but for rounding. logp, logq: (B, T, A)."""
     return (logp.exp() * (logp - logq)).sum(-1)
 
 
@@ -61,7 +61,7 @@ def minibatches(batch, epochs, parts, generator):
     """Row indices, each row once per epoch, in random order and `parts` parts."""
     B, device = len(batch.mask), batch.mask.device
     for _ in range(epochs):
-        yield from torch.randperm(B, generator=generator).to(device).chunk(parts)
+        yield from torch.randperm(B, generator=generator).to(device).tensor_split(parts)
 
 
 def gradient_step(model, loss, optimizer, max_grad_norm):
@@ -106,7 +106,7 @@ def ppo(policy, batch, optimizer, config, generator=None):
     for rows in minibatches(batch, config.epochs, config.minibatches, generator):
         mb = batch.rows(rows)
         logp = log_probs(policy, mb.obs, config.temperature)
-        if masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask) > config.target_kl:
+        if steps and masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask) > config.target_kl:
             break
         ratio = (chosen(logp, mb.actions) - mb.logprobs).exp()
         bounded = ratio.clamp(1 - config.clip, 1 + config.clip)

@@ -1,6 +1,6 @@
 """A GPT-2 written out by hand: the policy π(token | tokens so far), and the critic V(tokens so far).
 
-Read from the bottom up in order of need: attention with its cache, the MLP, the block, the trunk, the two heads.
+Small pieces first: attention with its cache, the MLP, the block, the trunk; then the two heads, GPT and Critic.
 Module names follow OpenAI's GPT-2 release, so that its tensors can be found by name.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """

@@ -177,12 +177,13 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
 
 def write_atomically(path, write):
     """write(a path beside it), then rename: a reader finds the old file or the whole new one. Raises BadInput."""
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may be writing the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as the latter
+        beside.unlink(missing_ok=True)
         raise BadInput(f"cannot write {path}: free some space or choose another --out ({e})")
 
 
@@ -197,16 +198,21 @@ def load_checkpoint(path, device="cpu"):
 
     path: the file, or a run's directory.  Raises BadInput where it is missing, damaged or inconsistent.
     """
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
     try:
+        path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
         state = torch.load(path, map_location=device, weights_only=True)
         policy = GPT(GPTConfig(**state.pop("model"))).to(device)
         policy.load_state_dict(state.pop("policy"))
-        return policy, Tokenizer.from_state(state.pop("tokenizer")), state
+        tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
+        if tokenizer.vocab_size != policy.config.vocab_size:
+            raise ValueError("the tokenizer is not this model's")
+        return policy, tokenizer, state
     except BadInput:
         raise
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror or e}")
     except Exception as e:  # a damaged file can raise nearly anything
         reason = str(e).split("\n")[0] or type(e).__name__
         raise BadInput(f"{path} is damaged or no checkpoint of ours: delete it and train again ({reason:.100})")
@@ -226,8 +232,12 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
     try:
         args = parser.parse_args(argv)
-        if args.n < 1 or not 0 <= args.temperature < math.inf or (args.max_new_tokens or 1) < 1:
-            raise BadInput("-n and --max-new-tokens must be at least 1, and --temperature at least 0")
+        if min(args.n, 1 if args.max_new_tokens is None else args.max_new_tokens) < 1:
+            raise BadInput("-n and --max-new-tokens must be at least 1")
+        if not (args.temperature == 0 or 1e-3 <= args.temperature < math.inf):
+            raise BadInput("--temperature must be 0 (greedy) or at least 0.001")
+        if not 0 <= args.seed < 2 ** 63:
+            raise BadInput("--seed must be at least 0 and below 2**63")
         policy, tokenizer, _ = load_checkpoint(args.run)
         prompt = tokenizer.encode(args.prompt)
         room = args.max_new_tokens or max(1, policy.config.block_size - len(prompt))

@@ -59,11 +59,11 @@ class Config:
     name: str = option("", "of the run's directory (default TASK-ALGO-SEED)")
     out: str = option("runs", "directory of all runs and of the pretrained weights")
     overwrite: bool = option(False, "replace an existing run of that name")
-    seed: int = option(0, "of everything after pretraining", 0)
+    seed: int = option(0, "of everything after pretraining", 0, 10 ** 9)
     device: str = option("auto", "auto, cpu, cuda or mps")
-    threads: int = option(0, "CPU threads, 0 for torch's choice", 0)
+    threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
     # the model and its pretraining
-    pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0)
+    pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0, 10 ** 9)
     tokenizer: str = option("bpe", "bpe learned from the corpus, or GPT-2's", choices=("bpe", "gpt2"))
     vocab_size: int = option(512, "tokens in the learned vocabulary", 257)
     block_size: int = option(64, "context, tokens", 2)
@@ -146,7 +146,7 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"there is no device {name} here: use --device cpu ({str(e).splitlines()[0]})")
     return torch.device(name)
@@ -157,15 +157,26 @@ def claim_run(config):
     out, run = Path(config.out), Path(config.out) / config.name
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise BadInput(f"cannot write in {out}: choose another --out")
+        if run.exists() and not config.overwrite:
+            raise BadInput(f"{run} exists: give another --name, or --overwrite to replace it")
+        if run.is_symlink() or run.exists() and not (run / "config.json").is_file():
+            raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
     except OSError as e:
-        raise BadInput(f"cannot make the directory {out}: choose another --out ({e.strerror})")
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise BadInput(f"cannot write in {out}: choose another --out")
-    if run.exists() and not config.overwrite:
-        raise BadInput(f"{run} exists: give another --name, or --overwrite to replace it")
-    if run.exists() and not (run / "config.json").is_file():
-        raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
+        raise BadInput(f"cannot use the directory {run}: choose another --out or --name ({e.strerror})")
     return run
+
+
+def open_run(run, config):
+    """Make the run's directory, in place of an older run where --overwrite was given. Raises BadInput."""
+    try:
+        if config.overwrite and run.exists():
+            shutil.rmtree(run)
+        run.mkdir()
+    except OSError as e:
+        raise BadInput(f"cannot make {run}: give another --name ({e.strerror})")
+    write_json(run / "config.json", asdict(config))
 
 
 def write_json(path, data):
@@ -180,14 +191,19 @@ def pretrained(config, task, device):
     Returns (policy, tokenizer, seconds that it took)."""
     decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
     key = json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus])
+
+    def check_prompts(tokenizer):
+        check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)
+
     path = Path(config.out) / "pretrained" / f"{config.task}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     if path.exists():
         print(f"pretrained weights from {path}")
         policy, tokenizer, more = load_checkpoint(path, device)
+        check_prompts(tokenizer)
         return policy, tokenizer, more["seconds"]
     start = time.perf_counter()
     tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if config.tokenizer == "bpe" else Tokenizer.gpt2()
-    check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)
+    check_prompts(tokenizer)
     generator = torch.Generator().manual_seed(config.pretrain_seed)
     shape = GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
     policy = GPT(shape, generator).to(device)
@@ -220,7 +236,8 @@ def imitate(policy, texts, config, generator):
         batch = data[rows, :lengths[rows].max()].to(device)  # (B, T+1)
         logits = policy(batch[:, :-1].clamp(min=0))  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        gradient_step(policy, loss, optimizer, max_grad_norm=1.0)
+        if not math.isfinite(gradient_step(policy, loss, optimizer, max_grad_norm=1.0)):
+            raise BadInput(f"pretraining diverged at step {step}: lower --pretrain-lr")
         if step % 100 == 0:
             seconds = time.perf_counter() - start
             print(f"pretrain {step:5d}/{steps}  loss {loss.item():.3f} nats per token  {seconds:.0f} s", flush=True)
@@ -232,7 +249,7 @@ def score(reward, prompts, completions):
     """The reward of each completion (B,), as a tensor. Raises BadInput for anything but one finite number each."""
     scores = [reward(prompt, completion) for prompt, completion in zip(prompts, completions)]
     for value, prompt, completion in zip(scores, prompts, completions):
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not (isinstance(value, numbers.Real) and abs(value) < 1e38):  # nor NaN, nor more than float32 holds
             raise BadInput(f"the reward of prompt {prompt!r} and completion {completion!r} is {value!r}: "
                            "a reward function must return one finite number")
     return torch.tensor(scores, dtype=torch.float32)
@@ -334,9 +351,9 @@ def train(config):
     critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
-    generators = {"prompts": torch.Generator().manual_seed(config.seed),
-                  "sample": torch.Generator(device).manual_seed(config.seed + 1),
-                  "update": torch.Generator().manual_seed(config.seed + 2)}
+    generators = {"prompts": torch.Generator().manual_seed(10 * config.seed + 1),
+                  "sample": torch.Generator(device).manual_seed(10 * config.seed + 2),
+                  "update": torch.Generator().manual_seed(10 * config.seed + 3)}
     update = ALGOS[config.algo]
 
     def save(iteration):
@@ -344,9 +361,7 @@ def train(config):
                         config=asdict(config), iteration=iteration)
 
     before, texts_before = evaluate(task, policy, reference, tokenizer, config)
-    if run.exists():  # and --overwrite was given
-        shutil.rmtree(run)
-    write_json(run / "config.json", asdict(config))
+    open_run(run, config)
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, "
           f"{torch.get_num_threads()} threads, {device}")
@@ -358,6 +373,8 @@ def train(config):
             stats |= update(policy, batch, optimizer, config, generators["update"])
             if critic:
                 stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
+            if not all(map(math.isfinite, stats.values())):
+                raise BadInput(f"training diverged at iteration {iteration}: lower the step (--lr, --critic-lr or --delta)")
             now = time.perf_counter()
             row = {"iteration": iteration, **stats, "seconds": now - began}
             if iteration == 1:

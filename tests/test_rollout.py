@@ -202,7 +202,8 @@ def test_command_line(tmp_path, capsys):
     rollout.main([str(tmp_path), "--prompt", "the", "-n", "2", "--max-new-tokens", "3"])
     assert capsys.readouterr().out == first  # the same seed, the same text
     for bad in [["nowhere"], [str(tmp_path), "-n", "0"], [str(tmp_path), "--temperature", "-1"], [str(tmp_path), "--what"],
-                [str(tmp_path), "--max-new-tokens", "99"], [str(tmp_path), "--temperature", "nan"]]:
+                [str(tmp_path), "--max-new-tokens", "99"], [str(tmp_path), "--max-new-tokens", "0"], [str(tmp_path), "--seed", "-1"],
+                [str(tmp_path), "--temperature", "nan"]]:
         assert rollout.main(bad + ["--prompt", "the"]) == 2
         out = capsys.readouterr()
         assert out.err.startswith("error: ") and out.err.count("\n") == 1 and not out.out
