@@ -82,7 +82,7 @@ def movement(policy, batch, old, temperature):
 # First order.
 
 def reinforce(policy, batch, optimizer, config, generator=None):
-    """One step up the policy gradient E[Σ_t ∇log π(a_t|s_t) A_t].
+    """One step up the policy gradient E[∇log π(a_t|s_t) A_t], the mean over the actions of the batch.
 
     Returns diagnostics. Williams 1992; with A_t for the return: Sutton et al. 2000.
     """
@@ -106,7 +106,8 @@ def ppo(policy, batch, optimizer, config, generator=None):
     for rows in minibatches(batch, config.epochs, config.minibatches, generator):
         mb = batch.rows(rows)
         logp = log_probs(policy, mb.obs, config.temperature)
-        if steps and masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask) > config.target_kl:
+        kl = masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask)
+        if steps and not kl <= config.target_kl:  # nor go on with NaN
             break
         ratio = (chosen(logp, mb.actions) - mb.logprobs).exp()
         bounded = ratio.clamp(1 - config.clip, 1 + config.clip)
@@ -167,19 +168,19 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
 def fisher_vector_product(policy, batch, temperature=1.0):
     """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
 
-    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is F = E[Jᵀ (diag p - p pᵀ) J], where J is
-    the derivative of a state's logits and p their softmax. From right to left: J v by forward-mode differentiation, the
+    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is F = E[Jᵀ (diag p - p pᵀ) J], where J
+    is the derivative of a state's logits and p their softmax. From right to left: J v by forward-mode differentiation, the
     little matrix by hand, Jᵀu by one backward pass over a graph that is kept for all products. No second derivative of the
     network is taken, and F is positive semi-definite by construction.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives", section 9.
     """
     params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     fixed = {name: p.detach() for name, p in params.items()}
-    logits = policy(batch.obs) / temperature  # (B, T, A); its graph serves every backward pass
+    logits = policy(batch.obs) / temperature  # (B, T, A), for Jᵀu: its graph serves every backward pass
     p = logits.detach().softmax(-1)
     weight = (batch.mask / batch.mask.sum()).unsqueeze(-1)  # (B, T, 1) of a mean over the actions
 
-    def logits_of(params):
+    def logits_of(params):  # for J v
         return functional_call(policy, params, (batch.obs,)) / temperature
 
     def product(v):
@@ -217,27 +218,28 @@ def trpo(policy, batch, optimizer, config, generator=None):
 
     With g the surrogate's gradient and the KL ½ sᵀF s to second order, that step is s = sqrt(2δ / xᵀF x) x, F x = g: the
     natural gradient at the length that the KL allows. The line search then checks what both approximations promised.
-    F is taken over a random fisher_fraction of the episodes, and damping · I added to it. The optimizer is not used.
+    F is taken over a random fisher_fraction of the episodes and stands, here and below, for F + damping · I: so the KL of
+    the full step tends to be less than δ. There is no learning rate, and the optimizer is not used.
     Returns diagnostics; accepted is 0 where no step was taken and the weights are as before.
     Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
     params = [p for p in policy.parameters() if p.requires_grad]
 
     def surrogate(logp):
-        ratio = (chosen(logp, batch.actions) - batch.logprobs).exp()
+        ratio = (chosen(logp, batch.actions) - batch.logprobs).exp()  # 1 at the old policy
         return masked_mean(ratio * batch.advantages, batch.mask)
 
     logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
     before = surrogate(logp)
     g = flatten(torch.autograd.grad(before, params, materialize_grads=True))
     old, before = logp.detach(), before.detach()
-    del logp
 
     B = len(batch.mask)
     rows = torch.randperm(B, generator=generator)[:math.ceil(config.fisher_fraction * B)].to(g.device)
     fisher = fisher_vector_product(policy, batch.rows(rows), config.temperature)
     x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
-    xFx = x @ (g - r)
+    xFx = x @ (g - r)  # since F x = g - r
+
     def evaluate():
         new = log_probs(policy, batch.obs, config.temperature)
         return surrogate(new) - before, masked_mean(kl_divergence(old, new), batch.mask)

@@ -59,8 +59,8 @@ class Tokenizer:
         data = "\n".join(texts[::stride])
         try:
             ranks = tiktoken._educational.bpe_train(data, vocab_size - 1, SPLIT, visualise=None)
-        except ValueError as e:  # fewer than 256 bytes asked for, or nothing left to merge
-            raise BadInput(f"this corpus does not give {vocab_size} tokens: choose another --vocab-size, 257 or more ({e})")
+        except ValueError:  # fewer than 256 bytes asked for, or nothing left to merge
+            raise BadInput(f"this corpus does not give {vocab_size} tokens: choose a --vocab-size from 257 to fewer than that")
         return cls.from_merges(list(ranks)[256:])
 
     @classmethod
@@ -117,8 +117,8 @@ def check_fit(prompts, max_new_tokens, block_size):
     if min(map(len, prompts)) == 0:
         raise BadInput("a prompt is empty: give it at least one character")
     if longest + max_new_tokens > block_size:
-        raise BadInput(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {block_size}: "
-                       "shorten the prompt, lower --max-new-tokens or train with a larger --block-size")
+        raise BadInput(f"a prompt of {longest} tokens and a completion of {max_new_tokens} exceed the context of "
+                       f"{block_size}: use a shorter prompt, a smaller --max-new-tokens or, in training, a larger --block-size")
 
 
 def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None):
@@ -139,19 +139,19 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
     tokens = tokens.to(device)
-    start = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,) where each row's completion begins
-    ends = start + max_new_tokens  # (B,) and ends, at the latest
-    uniforms = torch.ones(B, T, device=device)
-    uniforms.scatter_(1, start[:, None] + torch.arange(max_new_tokens, device=device),
-                      1 - torch.rand(B, max_new_tokens, generator=generator, device=device))  # column t is for token t
+    start = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,) position of each row's first own token
+    ends = start + max_new_tokens  # (B,) position after its last: at the latest, until it chooses eos_token
+    own = 1 - torch.rand(B, max_new_tokens, generator=generator, device=device)  # in (0, 1], one for each own token
+    positions = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)
+    uniforms = torch.ones(B, T, device=device).scatter_(1, positions, own)  # (B, T), aligned with tokens
 
     with torch.inference_mode():
-        rows = torch.arange(B, device=device)  # the rows still being written; the cache holds these
-        t = min(map(len, prompts))
+        rows = torch.arange(B, device=device)  # the rows that the cache holds: in the end only those still being written
+        t = min(map(len, prompts))  # the position to be written next
         cache = policy.kv_cache(B, T)
         logits = policy(tokens[:, :t], cache)[:, -1]  # (rows, V)
         while True:
-            forced, ended = t < start[rows], t >= ends[rows]
+            forced, ended = t < start[rows], t >= ends[rows]  # (rows,) still in the prompt; done, with eos_token as filler
             choice = torch.where(forced | ended, tokens[rows, t], draw(logits, uniforms[rows, t], temperature))
             tokens[rows, t] = choice
             ends[rows] = torch.where(~forced & ~ended & (choice == eos_token), t + 1, ends[rows])
@@ -214,8 +214,7 @@ def load_checkpoint(path, device="cpu"):
     except OSError as e:
         raise BadInput(f"cannot read {path}: {e.strerror or e}")
     except Exception as e:  # a damaged file can raise nearly anything
-        reason = str(e).split("\n")[0] or type(e).__name__
-        raise BadInput(f"{path} is damaged or no checkpoint of ours: delete it and train again ({reason:.100})")
+        raise BadInput(f"{path} is damaged or no checkpoint of ours: give another, or train it again ({type(e).__name__})")
 
 
 # Talking to the result.
@@ -224,25 +223,26 @@ def load_checkpoint(path, device="cpu"):
 def main(argv=None):
     parser = ArgumentParser(description="Sample completions from a trained policy.")
     parser.add_argument("run", help="a run's directory, as in runs/NAME")
-    parser.add_argument("--prompt", required=True, help="the text to complete")
+    parser.add_argument("--prompt", required=True, help="the text to complete, without a space at its end")
     parser.add_argument("-n", type=int, default=4, help="completions (default 4)")
     parser.add_argument("--max-new-tokens", type=int,
                         help="longest completion, tokens (default: what the context holds)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy (default 1)")
+    parser.add_argument("--temperature", type=float, help="divides the logits; 0 is greedy (default: as it was trained)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
     try:
         args = parser.parse_args(argv)
         if min(args.n, 1 if args.max_new_tokens is None else args.max_new_tokens) < 1:
             raise BadInput("-n and --max-new-tokens must be at least 1")
-        if not (args.temperature == 0 or 1e-3 <= args.temperature < math.inf):
-            raise BadInput("--temperature must be 0 (greedy) or at least 0.001")
         if not 0 <= args.seed < 2 ** 63:
             raise BadInput("--seed must be at least 0 and below 2**63")
-        policy, tokenizer, _ = load_checkpoint(args.run)
+        policy, tokenizer, more = load_checkpoint(args.run)
+        temperature = args.temperature if args.temperature is not None else more.get("config", {}).get("temperature", 1.0)
+        if not (temperature == 0 or 1e-3 <= temperature < math.inf):
+            raise BadInput("--temperature must be 0 (greedy) or at least 0.001")
         prompt = tokenizer.encode(args.prompt)
         room = args.max_new_tokens or max(1, policy.config.block_size - len(prompt))
         generator = torch.Generator().manual_seed(args.seed)
-        rollout = sample(policy, [prompt] * args.n, room, tokenizer.eos_token, args.temperature, generator)
+        rollout = sample(policy, [prompt] * args.n, room, tokenizer.eos_token, temperature, generator)
         for completion in rollout.completions(tokenizer):
             print(args.prompt + completion)
     except BadInput as e:

@@ -56,7 +56,7 @@ class Config:
     task: str = option("reviews", "what to learn", choices=TASKS)
     algo: str = option("trpo", "how to learn it", choices=ALGOS)
     advantage: str = option("gae", "estimator of the advantage", choices=ADVANTAGES)
-    name: str = option("", "of the run's directory (default TASK-ALGO-SEED)")
+    name: str = option("", "of the run's directory (default TASK-ALGO-SEED, or TASK-ALGO-ADVANTAGE-SEED without gae)")
     out: str = option("runs", "directory of all runs and of the pretrained weights")
     overwrite: bool = option(False, "replace an existing run of that name")
     seed: int = option(0, "of everything after pretraining", 0, 10 ** 9)
@@ -104,7 +104,8 @@ class Config:
 
 def parse(argv):
     """The command line as a Config; what it leaves open comes from DEFAULTS, then from the fields. Raises BadInput."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="Where several defaults apply, the task's comes "
+                            "before the algorithm's, the algorithm's before the advantage's, and any of them before the first.")
     for f in fields(Config):
         flag, help, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
         if f.type is bool:
@@ -119,7 +120,8 @@ def parse(argv):
     config = Config(**given)
     own = [DEFAULTS.get(name, {}) for name in (config.advantage, config.algo, config.task)]  # the task has the last word
     config = Config(**{**own[0], **own[1], **own[2], **given})
-    config.name = config.name or f"{config.task}-{config.algo}-{config.seed}"
+    kind = "" if config.advantage == "gae" else f"-{config.advantage}"
+    config.name = config.name or f"{config.task}-{config.algo}{kind}-{config.seed}"
 
     def require(condition, message):
         if not condition:
@@ -127,7 +129,7 @@ def parse(argv):
 
     for f in fields(Config):
         low, high, value = f.metadata["low"], f.metadata["high"], getattr(config, f.name)
-        bound = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
+        bound = f"a finite number of at least {low}" + (f" and at most {high}" if high < math.inf else "")
         require(low is None or low <= value <= high and math.isfinite(value),
                 f"--{f.name.replace('_', '-')} is {value}: it must be {bound}")
     c = config
@@ -147,8 +149,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"there is no device {name} here: use --device cpu ({str(e).splitlines()[0]})")
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"there is no device {name} here: --device takes auto, cpu, cuda or mps, and cpu always works")
     return torch.device(name)
 
 
@@ -230,7 +232,7 @@ def imitate(policy, texts, config, generator):
             yield from rows[torch.randperm(pool, generator=generator)]
 
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    steps, warmup, start = config.pretrain_steps, 50, time.perf_counter()
+    steps, warmup, start, total = config.pretrain_steps, 50, time.perf_counter(), 0.0
     for step, rows in zip(range(1, steps + 1), batches()):
         optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / warmup, 1 - step / (steps + 1))
         batch = data[rows, :lengths[rows].max()].to(device)  # (B, T+1)
@@ -238,9 +240,11 @@ def imitate(policy, texts, config, generator):
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         if not math.isfinite(gradient_step(policy, loss, optimizer, max_grad_norm=1.0)):
             raise BadInput(f"pretraining diverged at step {step}: lower --pretrain-lr")
+        total += loss.item()
         if step % 100 == 0:
             seconds = time.perf_counter() - start
-            print(f"pretrain {step:5d}/{steps}  loss {loss.item():.3f} nats per token  {seconds:.0f} s", flush=True)
+            print(f"pretrain {step:5d}/{steps}  loss {total / 100:.3f} nats per token  {seconds:.0f} s", flush=True)
+            total = 0.0
 
 
 # Phase 2: episodes.
@@ -382,7 +386,7 @@ def train(config):
             print(*(f"{value:.6g}" for value in row.values()), sep=",", file=metrics, flush=True)
             left = (now - start) / iteration * (config.iterations - iteration)
             print(f"{iteration:4d}/{config.iterations}  reward {stats['reward']:+.3f}  kl {stats['kl']:.4f}  "
-                  f"entropy {stats['entropy']:.3f}  {now - began:.2f} s  {left:.0f} s left", flush=True)
+                  f"entropy {stats['entropy']:.3f}  took {now - began:.2f} s, {left:.0f} s left", flush=True)
             if iteration % config.save_every == 0:
                 save(iteration)
     save(config.iterations)

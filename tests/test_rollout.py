@@ -195,7 +195,8 @@ def test_checkpoint_round_trip_and_damage(tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
-    save_checkpoint(tmp_path / "checkpoint.pt", GPT(GPTConfig(262, 16, 1, 2, 8)), Tokenizer.learn(TEXTS, 262))
+    save_checkpoint(tmp_path / "checkpoint.pt", GPT(GPTConfig(262, 16, 1, 2, 8)), Tokenizer.learn(TEXTS, 262),
+                    config={"temperature": 1.0})
     assert rollout.main([str(tmp_path), "--prompt", "the", "-n", "2", "--max-new-tokens", "3"]) is None
     first = capsys.readouterr().out
     assert first.startswith("the") and first.count("the") >= 2

@@ -37,7 +37,7 @@ def test_a_short_run_of_each_algorithm(out, algo):
     command = [sys.executable, ROOT / "train.py", *TINY, "--algo", algo, "--name", algo, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^ +\d/2  reward .* kl .* entropy .* s left$", done.stdout, re.M)) == 2
+    assert len(re.findall(r"^ +\d/2  reward .* kl .* entropy .* s, \d+ s left$", done.stdout, re.M)) == 2
     assert "before" in done.stdout and "after" in done.stdout
 
     run = out / algo
