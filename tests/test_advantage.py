@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from advantage import discounted_returns, gae, group_normalize, leave_one_out, token_rewards, whiten
+from advantage import ADVANTAGES, discounted_returns, gae, group_normalize, leave_one_out, token_rewards, whiten
 
 # Rows of every kind: full, with a prompt before, with filler after, with both, one action, two turns with a gap between.
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0],
@@ -74,8 +76,10 @@ def test_nothing_off_the_mask_is_read():
     for clean, dirty in zip(gae(rewards, values, MASK, 0.9, 0.7), gae(rewards + junk, values - junk, MASK, 0.9, 0.7)):
         assert torch.equal(clean, dirty)
     assert torch.equal(discounted_returns(rewards, MASK, 0.9), discounted_returns(rewards + junk, MASK, 0.9))
-    assert torch.equal(whiten(rewards * MASK, MASK), whiten(rewards * MASK, MASK))
-    torch.testing.assert_close(whiten(rewards + junk, MASK), whiten(rewards, MASK))
+    assert torch.equal(whiten(rewards + junk, MASK), whiten(rewards, MASK))
+    nan = torch.full_like(rewards, float("nan")).where(~MASK, rewards)
+    assert all(x.isfinite().all() for x in (*gae(nan, nan, MASK, 0.9, 0.7), discounted_returns(nan, MASK, 0.9), whiten(nan, MASK),
+                                            token_rewards(values[:, 0], MASK, nan, nan, 0.1)))
 
 
 def test_the_score_sits_on_the_last_action():
@@ -109,3 +113,17 @@ def test_groups():
     normal = group_normalize(scores, 3)
     assert normal[:3].tolist() == pytest.approx([x / (7 ** 0.5 + 1e-4) for x in (-2, -1, 3)])  # variance (4+1+9)/2
     assert normal[3:].tolist() == [0, 0, 0]
+
+
+def test_what_the_command_line_names():
+    rewards, values = numbers(0) + 1e6 * ~MASK, numbers(1)
+    config = SimpleNamespace(gamma=0.9, lam=0.6, group_size=3)
+    estimate = {name: f(rewards, values, MASK, config) for name, f in ADVANTAGES.items()}
+    returns = discounted_returns(rewards, MASK, 0.9)
+    for got, expected in [*zip(estimate["gae"], gae(rewards, values, MASK, 0.9, 0.6)), *zip(estimate["returns"], (returns, returns))]:
+        assert torch.equal(got, expected)
+    totals = torch.stack([rewards[b][m].sum() for b, m in enumerate(MASK)])
+    for name, compare in [("rloo", leave_one_out), ("grpo", group_normalize)]:
+        for b, m in enumerate(MASK):
+            assert estimate[name][0][b].tolist() == pytest.approx([compare(totals, 3)[b].item() if x else 0.0 for x in m])
+            assert estimate[name][1][b].tolist() == pytest.approx([totals[b].item() if x else 0.0 for x in m])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from algos import (Batch, chosen, conjugate_gradient, entropy, fisher_vector_product, fit_critic, kl_divergence, line_search,
-                   log_probs, ppo, reinforce, trpo)
+                   log_probs, minibatches, ppo, reinforce, trpo)
 from model import GPT, Critic, GPTConfig
 
 V, B, T = 4, 6, 5
@@ -125,6 +125,26 @@ def test_gradient_is_clipped_to_its_longest(policy):
     assert move.norm().item() == pytest.approx(1e-3, rel=1e-3) and stats["grad_norm"] > 1e-3
 
 
+def test_minibatches_cover_every_row_once_an_epoch_in_new_orders():
+    batch = SimpleNamespace(mask=torch.ones(10, 1))
+    parts = list(minibatches(batch, 3, 4, generator()))
+    assert len(parts) == 12 and {len(part) for part in parts} == {2, 3}
+    epochs = [torch.cat(parts[i:i + 4]).tolist() for i in (0, 4, 8)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+
+
+class Watched(torch.nn.Module):
+    """A model that keeps what it was asked."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.seen = inner, []
+
+    def forward(self, obs):
+        self.seen.append(obs)
+        return self.inner(obs)
+
+
 class Table(torch.nn.Module):
     """A policy of one state per row, whose logits are its weights."""
 
@@ -159,6 +179,24 @@ def test_ppo_stops_at_the_target_kl(policy):
     _, free = sgd_move(ppo, policy, batch, epochs=50, minibatches=2, clip=1e9)
     _, held = sgd_move(ppo, policy, batch, epochs=50, minibatches=2, clip=1e9, target_kl=0.01)
     assert free["steps"] == 100 and 1 <= held["steps"] < 100 and held["kl_update"] < free["kl_update"]
+    watched = Watched(policy)
+    stats = ppo(watched, batch, torch.optim.SGD(policy.parameters(), 1.0), config(epochs=50, clip=1e9, target_kl=0.01), generator())
+    assert len(watched.seen) == 1 + stats["steps"] + 1 + 1  # old policy; steps; the look that ended it; how far it came
+
+
+def test_ppo_always_takes_a_step_and_never_goes_on_with_nan(policy):
+    batch = make_batch(policy)
+    assert sgd_move(ppo, policy, batch, epochs=5, target_kl=-1.0)[1]["steps"] == 1
+    batch.advantages = batch.advantages * float("nan")
+    assert sgd_move(ppo, policy, batch, epochs=5)[1]["steps"] == 1
+
+
+def test_entropy_bonus_is_the_mean_entropy_of_the_actions(policy):
+    batch = make_batch(policy)
+    plain, bonus = (sgd_move(ppo, policy, batch, entropy_coef=c)[0] for c in (0.0, 0.5))
+    H = torch.stack([torch.distributions.Categorical(logits=policy(batch.obs)[b, t]).entropy() for b, t in batch.mask.nonzero()])
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(0.5 * H.mean(), list(policy.parameters()))])
+    torch.testing.assert_close(bonus - plain, expected)
 
 
 def test_entropy_bonus_raises_entropy():
@@ -214,6 +252,9 @@ def test_critic_fit_is_least_squares_on_the_actions(policy):
     assert (values == 0).all()
     assert move[-1].item() == pytest.approx(batch.returns[batch.mask].mean().item())
 
+    watched = Watched(critic)
+    fit_critic(watched, batch, torch.optim.SGD(critic.parameters(), 0.0), config(epochs=7, critic_epochs=3, minibatches=2), generator())
+    assert len(watched.seen) == 6
     optimizer = torch.optim.Adam(critic.parameters(), 0.01)
     losses = [fit_critic(critic, batch, optimizer, config(), generator())["critic_loss"] for _ in range(300)]
     assert losses[-1] < 0.1 * losses[0]
@@ -281,6 +322,8 @@ def test_line_search_takes_the_first_that_gains_within_the_region():
     found = line_search(lambda: (w[0], w[0] ** 2), [w], step, delta=5.0, backtracks=5)
     assert found == (2, 2.0, 4.0) and w.tolist() == [2, 0]
     w.zero_()
+    assert line_search(lambda: (w[0], w[0] ** 2), [w], step, delta=5.0, backtracks=2) == (2, 2.0, 4.0)  # the last try counts
+    w.zero_()
     assert line_search(lambda: (w[0] - 3, w[0] ** 2), [w], step, delta=5.0, backtracks=5) is None
     assert w.tolist() == [0, 0]
     assert line_search(lambda: (w[0], w[0] ** 2), [w], step, delta=5.0, backtracks=1) is None  # out of tries
@@ -299,6 +342,21 @@ def test_trpo_steps_along_the_natural_gradient_to_the_edge(policy):
     assert error.norm() < 1e-3 * step.norm()
     assert stats["step_norm"] == pytest.approx((weights(new) - weights(policy)).norm().item())
     assert stats["grad_norm"] == pytest.approx(g.norm().item())
+    assert stats["loss"] == pytest.approx(-surrogate(policy, policy, batch))
+
+
+def test_trpo_scales_even_an_unfinished_direction_to_the_edge(policy):
+    batch, new, delta, damping = make_batch(policy), copy.deepcopy(policy), 1e-4, 1e-2
+    stats = trpo(new, batch, None, config(delta=delta, damping=damping, cg_iters=2), generator())
+    step = (weights(new) - weights(policy)) * 2 ** stats["halvings"]
+    F = explicit_fisher(policy, batch)
+    F += damping * torch.eye(len(F), dtype=torch.float64)
+    assert (0.5 * step @ F @ step).item() == pytest.approx(delta)
+    g = explicit_gradient(policy, batch)
+    span = torch.stack([g, F @ g], 1)  # two iterations minimise the error over this Krylov space, in the norm of F
+    x = span @ torch.linalg.solve(span.T @ F @ span, span.T @ g)
+    torch.testing.assert_close(step / step.norm(), x / x.norm(), rtol=1e-5, atol=1e-8)
+    assert stats["cg_residual"] == pytest.approx(((g - F @ x).norm() / g.norm()).item(), rel=1e-4) and stats["cg_residual"] > 0.01
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -331,19 +389,14 @@ def test_trpo_without_a_usable_gradient_does_not_move(policy, adv):
 
 
 def test_trpo_fisher_fraction_takes_a_random_part(policy):
-    batch, seen = make_batch(policy), []
-
-    class Watched(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = policy
-
-        def forward(self, obs):
-            seen.append(len(obs))
-            return self.inner(obs)
-
-    trpo(Watched(), batch, None, config(fisher_fraction=0.5), generator())
-    assert seen[0] == B and set(seen[1:-1]) >= {3} and seen[-1] == B  # gradient, products, line search
+    batch, parts = make_batch(policy), set()
+    for seed in range(5):
+        watched = Watched(copy.deepcopy(policy))
+        trpo(watched, batch, None, config(fisher_fraction=0.4), generator(seed))
+        sizes = [len(obs) for obs in watched.seen]
+        assert sizes[0] == B and sizes[-1] == B and 3 in sizes and set(sizes) == {3, B}  # 0.4 of 6 episodes, rounded up
+        parts.add(str(next(obs for obs in watched.seen if len(obs) == 3).tolist()))
+    assert len(parts) > 1
 
 
 def test_frozen_weights_stay(policy):

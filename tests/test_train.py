@@ -113,7 +113,9 @@ def test_kl_penalty_holds_the_policy_back(tmp_path_factory):
     ("--vocab-size 256", "--vocab-size"), ("--vocab-size 99999", "--vocab-size"), ("--seed -1", "--seed"), ("--threads -1", "--threads"),
     ("--advantage rloo --group-size 1", "--group-size"), ("--max-new-tokens 64", "context"), ("--block-size 8", "context"),
     ("--device cuda:77", "cuda:77"), ("--device toaster", "toaster"), ("--name a/b", "--name"), ("--name ..", "--name"),
-    ("--name pretrained", "--name"), ("--out /proc/nowhere", "--out"), ("--unknown 1", "--unknown"), ("--iter 3", "--iter")])
+    ("--name pretrained", "--name"), ("--out /proc/nowhere", "--out"), ("--unknown 1", "--unknown"), ("--iter 3", "--iter"),
+    (f"--seed {10**20}", "--seed"), ("--threads 99999999999", "--threads"), ("--device meta", "meta"), ("--name " + "x" * 300, "--name"),
+    ("--pretrain-lr 1e30 --pretrain-steps 3 --n-embd 8", "--pretrain-lr")])
 def test_bad_options(out, capsys, options, says):
     before = sorted(map(str, out.rglob("*")))
     assert go(out, *options.split()) == 2
@@ -147,6 +149,34 @@ def test_what_is_no_run_is_never_replaced(out, capsys):
     assert len(err) == 3 and all(line.startswith("error: ") for line in err)
 
 
+def test_a_failed_overwrite_leaves_the_old_run(out, capsys):
+    go(out, "--name", "old", "--iterations", 1)
+    before = contents(out / "old")
+    assert go(out, "--name", "old", "--overwrite", "--max-new-tokens", 62) == 2  # fits some prompts, not all
+    (out / "link").symlink_to(out / "old")
+    assert go(out, "--name", "link", "--overwrite") == 2
+    assert contents(out / "old") == before
+
+
+def test_a_run_that_appears_meanwhile_stays(out, capsys, monkeypatch):
+    honest = train.evaluate
+
+    def meanwhile(*args):
+        (out / "raced").mkdir()
+        (out / "raced" / "checkpoint.pt").write_text("of another process")
+        return honest(*args)
+    monkeypatch.setattr(train, "evaluate", meanwhile)
+    assert go(out, "--name", "raced") == 2
+    assert [p.read_text() for p in (out / "raced").iterdir()] == ["of another process"]
+
+
+@pytest.mark.parametrize("algo", ["reinforce", "ppo"])
+def test_divergence_is_said_in_one_line(out, capsys, algo):
+    assert go(out, "--name", f"wild-{algo}", "--algo", algo, "--lr", 1e30) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: training diverged at iteration") and err.count("\n") == 1
+
+
 def test_a_damaged_pretrained_checkpoint(tmp_path, capsys):
     go(tmp_path, "--name", "one", "--iterations", 0)
     cached = next((tmp_path / "pretrained").iterdir())
@@ -156,7 +186,7 @@ def test_a_damaged_pretrained_checkpoint(tmp_path, capsys):
     assert str(cached) in err and err.count("\n") == 1 and not (tmp_path / "two").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "good", [0.5, 0.5], torch.ones(2), 1j])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, 10 ** 400, None, "good", [0.5, 0.5], torch.ones(2), 1j])
 def test_a_reward_that_is_no_number(out, capsys, monkeypatch, value):
     def broken(seed, honest=reward.TASKS["reviews"]):
         task = honest(seed)
