@@ -29,25 +29,25 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of one attention layer for the tokens read so far.
+    """The keys and values of one attention layer for the tokens read so far, (S, B, H, D) each.
 
-    The buffers are laid out once for the whole sequence, so that a step writes its column and attention reads a view.
+    Time comes first: what was read is then one block of memory, which a step reads through in order and never copies.
     """
 
     def __init__(self, batch_size, n_head, max_length, head_size, device, dtype):
-        self.k = torch.empty(batch_size, n_head, max_length, head_size, device=device, dtype=dtype)
+        self.k = torch.empty(max_length, batch_size, n_head, head_size, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
-        self.length = 0  # tokens read so far
+        self.length = 0  # S, tokens read so far
 
     def append(self, k, v):
-        """Add the keys and values (B, H, T, D) of T new tokens; returns those of all S tokens, each (B, H, S, D)."""
+        """Add the keys and values (B, H, T, D) of T new tokens; returns those of all S tokens, (S, B, H, D) each."""
         start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+        self.k[start:self.length], self.v[start:self.length] = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
+        return self.k[:self.length], self.v[:self.length]
 
     def keep(self, rows):
         """Keep only these rows of the batch. rows: (B',) indices."""
-        self.k, self.v = self.k[rows], self.v[rows]
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
 class CausalSelfAttention(nn.Module):
@@ -61,10 +61,14 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D), S tokens so far
+            k, v = cache.append(k, v)  # (S, B, H, D), S tokens so far
+            if T == 1:  # the sampler's step: softmax(q kᵀ / √D) v, written out because the fused kernel takes twice as long
+                weights = ((k * q[:, :, 0]).sum(-1) / math.sqrt(q.shape[-1])).softmax(0)  # (S, B, H)
+                return self.c_proj((weights.unsqueeze(-1) * v).sum(0).view(B, 1, C))
+            k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)  # (B, H, S, D)
         S = k.shape[2]
-        # Token t of the T new ones stands at position S-T+t and sees everything up to there; a lone token sees all.
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        # Token t of the T new ones stands at position S-T+t and sees everything up to there.
+        mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 

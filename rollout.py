@@ -92,6 +92,7 @@ class Rollout:
 
     tokens: torch.Tensor  # (B, T) int64: prompt, completion with its end-of-text token, and end-of-text as filler
     mask: torch.Tensor  # (B, T-1) bool: prompt False, completion True, its end-of-text True, filler False
+    logp: torch.Tensor  # (B, T-1, V) log π(·|s) that the actions were drawn from; of no meaning where mask is False
 
     def completions(self, tokenizer):
         """The B completions as text, without prompt and end of text."""
@@ -99,15 +100,13 @@ class Rollout:
         return [tokenizer.decode([t for t, chosen in zip(tokens, mask) if chosen]) for tokens, mask in rows]
 
 
-def draw(logits, uniforms, temperature):
+def draw(logp, uniforms):
     """One token per row by inverse CDF: the first whose cumulative probability reaches the row's uniform number.
 
-    logits: (B, V).  uniforms: (B,) in (0, 1], so that a token of probability zero is never drawn.  temperature: 0 takes the
-    likeliest.  Returns (B,) int64. One random number per row, where torch.multinomial draws V.
+    logp: (B, V) log-probabilities.  uniforms: (B,) in (0, 1], so that a token of probability zero is never drawn.
+    Returns (B,) int64. One random number per row, where torch.multinomial draws V.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = (logits / temperature).softmax(-1).cumsum(-1)  # (B, V)
+    cdf = logp.exp().cumsum(-1)  # (B, V)
     return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)  # the last entry is 1 but for rounding
 
 
@@ -125,7 +124,8 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     """Let the policy complete each prompt until it chooses eos_token or has chosen max_new_tokens.
 
     policy: (tokens, cache) -> logits, with `kv_cache`.  prompts: B lists of tokens, of any lengths of at least 1.
-    temperature: divides the logits; 0 is greedy.  Returns a Rollout, cut after its longest row.
+    temperature: divides the logits; 0 is greedy (logp is then that of temperature 1).  Returns a Rollout, cut after its
+    longest row.
     Raises BadInput for an empty prompt or one that leaves no room in the context.
 
     Prompts stand at the left without padding. Reading begins together at the shortest prompt's end; where a prompt is longer
@@ -144,6 +144,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     own = 1 - torch.rand(B, max_new_tokens, generator=generator, device=device)  # in (0, 1], one for each own token
     positions = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)
     uniforms = torch.ones(B, T, device=device).scatter_(1, positions, own)  # (B, T), aligned with tokens
+    logp = torch.zeros(B, T - 1, policy.config.vocab_size, device=device)
 
     with torch.inference_mode():
         rows = torch.arange(B, device=device)  # the rows that the cache holds: in the end only those still being written
@@ -152,7 +153,10 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
         logits = policy(tokens[:, :t], cache)[:, -1]  # (rows, V)
         while True:
             forced, ended = t < start[rows], t >= ends[rows]  # (rows,) still in the prompt; done, with eos_token as filler
-            choice = torch.where(forced | ended, tokens[rows, t], draw(logits, uniforms[rows, t], temperature))
+            step_logp = (logits / (temperature or 1)).log_softmax(-1)  # (rows, V)
+            logp[rows, t - 1] = step_logp
+            drawn = draw(step_logp, uniforms[rows, t]) if temperature else step_logp.argmax(-1)
+            choice = torch.where(forced | ended, tokens[rows, t], drawn)
             tokens[rows, t] = choice
             ends[rows] = torch.where(~forced & ~ended & (choice == eos_token), t + 1, ends[rows])
             t += 1
@@ -170,7 +174,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
 
     T = int(ends.max())
     position = torch.arange(1, T, device=device)  # of the token that each action chose
-    return Rollout(tokens[:, :T], (position >= start[:, None]) & (position < ends[:, None]))
+    return Rollout(tokens[:, :T], (position >= start[:, None]) & (position < ends[:, None]), logp[:, :T - 1])
 
 
 # Files.

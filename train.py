@@ -40,7 +40,7 @@ DEFAULTS = {
     "reinforce": dict(iterations=80),
     "ppo": dict(lr=5e-4),
     "reviews": dict(vocab_size=620, block_size=64, max_new_tokens=44),
-    "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8, pretrain_batch=128,
+    "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8, pretrain_steps=3000, pretrain_batch=128,
                      pretrain_lr=3e-3, kl_coef=0.01, iterations=200, group_size=1, lr=1e-4, damping=1.0),
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
 }
@@ -260,11 +260,11 @@ def score(reward, prompts, completions):
 
 
 @torch.no_grad()
-def compare(policy, reference, rollout, temperature):
+def compare(rollout, reference, temperature):
     """log π and log π_ref of the actions, then at each step the exact KL(π‖π_ref) and π's entropy: four (B, T)."""
-    obs, actions = rollout.tokens[:, :-1], rollout.tokens[:, 1:]
-    logp, ref = log_probs(policy, obs, temperature), log_probs(reference, obs, temperature)  # (B, T, V)
-    return chosen(logp, actions), chosen(ref, actions), kl_divergence(logp, ref), entropy(logp)
+    actions, logp = rollout.tokens[:, 1:], rollout.logp
+    ref_logp = log_probs(reference, rollout.tokens[:, :-1], temperature)  # (B, T, V)
+    return chosen(logp, actions), chosen(ref_logp, actions), kl_divergence(logp, ref_logp), entropy(logp)
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
@@ -275,7 +275,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
                      config.temperature, generators["sample"])
     obs, actions, mask = rollout.tokens[:, :-1], rollout.tokens[:, 1:], rollout.mask  # (B, T)
     scores = score(task.reward, prompts, rollout.completions(tokenizer)).to(mask.device)
-    logp, ref_logp, kl, H = compare(policy, reference, rollout, config.temperature)
+    logp, ref_logp, kl, H = compare(rollout, reference, config.temperature)
     rewards = token_rewards(scores, mask, logp, ref_logp, config.kl_coef)
     with torch.no_grad():
         values = critic(obs) if critic else torch.zeros_like(rewards)
@@ -312,8 +312,8 @@ def evaluate(task, policy, reference, tokenizer, config):
         texts += zip(part, completions)
         rewards += score(task.reward, part, completions).tolist()
         metrics += map(task.metric, part, completions)
-        _, _, kl, H = compare(policy, reference, rollout, config.temperature)
-        sums += torch.stack([(kl * rollout.mask).sum(), (H * rollout.mask).sum(), rollout.mask.sum()]).cpu()
+        _, _, kl, H = compare(rollout, reference, config.temperature)
+        sums += torch.stack([kl[rollout.mask].sum(), H[rollout.mask].sum(), rollout.mask.sum()]).cpu()
     greedy = [value for part, completions, _ in episodes(task.heldout, 0)
               for value in map(task.metric, part, completions)]
     kl, H = (sums[:2] / sums[2]).tolist()

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +128,28 @@ def test_what_the_command_line_names():
         for b, m in enumerate(MASK):
             assert estimate[name][0][b].tolist() == pytest.approx([compare(totals, 3)[b].item() if x else 0.0 for x in m])
             assert estimate[name][1][b].tolist() == pytest.approx([totals[b].item() if x else 0.0 for x in m])
+
+
+def test_gae_is_that_of_stable_baselines3():
+    """One environment's stream of steps with ends and time limits in it, in their buffer; each episode a row of ours."""
+    buffers = pytest.importorskip("stable_baselines3.common.buffers", reason="stable-baselines3 is not installed: pip install stable-baselines3")
+    spaces, gamma, lam, T = pytest.importorskip("gymnasium").spaces, 0.97, 0.9, 40
+    rng = np.random.default_rng(0)
+    episodes = [(9, "ended"), (1, "ended"), (12, "time limit"), (7, "time limit"), (6, "ended"), (5, "cut")]  # T steps
+    theirs = buffers.RolloutBuffer(T, spaces.Box(-1, 1, (1,)), spaces.Discrete(2), gamma=gamma, gae_lambda=lam)
+    rewards, values, last_values = rng.normal(size=T), rng.normal(size=T), rng.normal(size=len(episodes))
+    mask, ours = torch.zeros(len(episodes), 12, dtype=torch.bool), torch.zeros(2, len(episodes), 12, dtype=torch.float64)
+    bootstrap, t = torch.zeros(len(episodes), dtype=torch.float64), 0
+    for row, ((length, how), last_value) in enumerate(zip(episodes, last_values)):
+        if how != "ended":
+            bootstrap[row] = last_value
+        for step in range(length):
+            mask[row, step], ours[0, row, step], ours[1, row, step] = True, rewards[t], values[t]
+            # Their collect_rollouts adds γ V(last state) to the reward of a step at the time limit.
+            paid = rewards[t] + gamma * last_value * (how == "time limit" and step == length - 1)
+            theirs.add(np.zeros((1, 1)), np.zeros((1, 1)), np.array([paid]), np.array([step == 0]), torch.tensor([values[t]]), torch.zeros(1))
+            t += 1
+    theirs.compute_returns_and_advantage(torch.tensor([last_values[-1]]), np.array([False]))
+    advantages, returns = gae(*ours, mask, gamma, lam, bootstrap)
+    for mine, other in [(advantages, theirs.advantages), (returns, theirs.returns)]:
+        torch.testing.assert_close(mine[mask], torch.from_numpy(other[:, 0]).double(), rtol=1e-5, atol=1e-5)

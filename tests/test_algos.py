@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from algos import (Batch, chosen, conjugate_gradient, entropy, fisher_vector_product, fit_critic, kl_divergence, line_search,
                    log_probs, minibatches, ppo, reinforce, trpo)
@@ -100,6 +101,13 @@ def test_entropy_and_kl_against_torch():
     assert (kl_divergence(logp, logp) == 0).all()
 
 
+@pytest.mark.parametrize("distance", [0, 1e-7, 1e-6, 1e-4, 1, 100])
+def test_the_exact_kl_is_never_negative(distance):
+    logits, move = torch.randn(2, 64, 32, 257, generator=generator())
+    kl = kl_divergence(logits.log_softmax(-1), (logits + distance * move).log_softmax(-1))
+    assert (kl >= 0).all() and kl.max() < 1000
+
+
 # First order.
 
 @pytest.mark.parametrize("update", [reinforce, ppo])
@@ -171,6 +179,7 @@ def test_ppo_clips_what_it_should(ratio, adv, objective, slope):
     assert stats["loss"] == pytest.approx(-objective)
     expected = slope * (torch.eye(3, dtype=torch.float64)[1] - p)  # ∂ log π(a) / ∂ logits
     torch.testing.assert_close(move, expected)
+    assert slope or (move == 0).all()  # not nearly: clipped is clipped
     assert stats["clip_fraction"] == float(not 0.8 <= ratio <= 1.2)
 
 
@@ -304,6 +313,24 @@ def test_fisher_vector_product_is_the_fisher_matrix(policy, temperature):
     assert torch.linalg.eigvalsh(F).min() > -1e-12
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_fisher_vector_product_is_the_hessian_of_the_kl(policy, temperature):
+    """The textbook form: differentiate KL(π_old‖π_θ) twice at θ_old."""
+    batch, params = make_batch(policy, temperature), list(policy.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = policy(batch.obs) / temperature
+    old = torch.distributions.Categorical(logits=logits.detach())
+    kl = torch.distributions.kl_divergence(old, torch.distributions.Categorical(logits=logits))[batch.mask].mean()
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(kl, params, create_graph=True)])
+    assert kl.item() == 0 and gradient.abs().max() < 1e-12  # the KL is zero here, and so is its gradient; its Hessian is not
+    product = fisher_vector_product(policy, batch, temperature)
+    for seed in range(3):
+        v = torch.randn(len(gradient), generator=generator(seed), dtype=torch.float64)
+        hessian = torch.cat([h.reshape(-1) for h in torch.autograd.grad(gradient, params, v, retain_graph=True)])
+        torch.testing.assert_close(product(v), hessian)
+        assert hessian.norm() > 0.1
+
+
 def test_kl_of_a_small_step_is_half_its_fisher_norm(policy):
     batch = make_batch(policy)
     product, n = fisher_vector_product(policy, batch), len(weights(policy))
@@ -370,6 +397,39 @@ def test_an_accepted_trpo_step_keeps_its_promises(policy, seed, delta):
     assert gain > 0 and stats["gain"] == pytest.approx(gain)
 
 
+class Rewritten(torch.nn.Module):
+    """A table of logits for S states, the last action's held at 0, in other coordinates w: its S (A-1) free logits are M w."""
+
+    def __init__(self, M, logits):
+        super().__init__()
+        self.M, self.w = M, torch.nn.Parameter(torch.linalg.solve(M, logits.reshape(-1)))
+        self.shape = logits.shape
+
+    def forward(self, obs):
+        logits = (self.M @ self.w).view(self.shape)
+        return torch.cat([logits, torch.zeros_like(logits[:, :1])], 1)[obs]
+
+
+def test_the_natural_gradient_does_not_depend_on_the_coordinates_and_the_plain_one_does():
+    S, A = V, V
+    logits = torch.randn(S, A - 1, generator=generator(3), dtype=torch.float64)
+    mix = torch.randn(S * (A - 1), S * (A - 1), generator=generator(4), dtype=torch.float64) + 2 * torch.eye(S * (A - 1))
+    batch = make_batch(Rewritten(torch.eye(S * (A - 1), dtype=torch.float64), logits))
+
+    def move(update, M, **changes):
+        """By how much the update moves the free logits."""
+        policy = Rewritten(M, logits)
+        batch.logprobs = chosen(log_probs(policy, batch.obs, 1.0), batch.actions).detach()
+        update(policy, batch, torch.optim.SGD(policy.parameters(), 0.01), config(**changes), generator())
+        return (policy.M @ policy.w.detach()).view_as(logits) - logits
+
+    plain, plain_mixed = (move(reinforce, M) for M in (torch.eye(len(mix), dtype=torch.float64), mix))
+    natural, natural_mixed = (move(trpo, M, damping=0.0, cg_iters=100, delta=1e-3) for M in (torch.eye(len(mix), dtype=torch.float64), mix))
+    cosine = lambda a, b: torch.nn.functional.cosine_similarity(a.reshape(-1), b.reshape(-1), dim=0)
+    torch.testing.assert_close(natural_mixed, natural, rtol=1e-4, atol=1e-8)  # direction and length
+    assert natural.norm() > 0.01 and cosine(plain, plain_mixed) < 0.9
+
+
 def test_a_rejected_trpo_step_leaves_every_bit(policy, monkeypatch):
     policy = policy.float()
     batch = make_batch(policy)
@@ -397,6 +457,18 @@ def test_trpo_fisher_fraction_takes_a_random_part(policy):
         assert sizes[0] == B and sizes[-1] == B and 3 in sizes and set(sizes) == {3, B}  # 0.4 of 6 episodes, rounded up
         parts.add(str(next(obs for obs in watched.seen if len(obs) == 3).tolist()))
     assert len(parts) > 1
+
+
+def test_a_weight_without_influence_has_no_part_in_fisher_and_stays(policy):
+    batch, n = make_batch(policy), len(weights(policy))
+    alone = fisher_vector_product(policy, batch)(torch.ones(n, dtype=torch.float64))
+    policy.unused = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    product = fisher_vector_product(policy, batch)(torch.ones(n + 3, dtype=torch.float64))
+    position = [name for name, _ in policy.named_parameters()].index("unused")
+    before = sum(p.numel() for p in list(policy.parameters())[:position])
+    assert (product[before:before + 3] == 0).all()
+    torch.testing.assert_close(torch.cat([product[:before], product[before + 3:]]), alone)
+    assert trpo(policy, batch, None, config(), generator())["accepted"] == 1 and (policy.unused == 1).all()
 
 
 def test_frozen_weights_stay(policy):

@@ -111,3 +111,19 @@ def test_past_the_context_it_refuses(policy):
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError):
         GPTConfig(**{"vocab_size": 5, **sizes})
+
+
+def test_logits_are_those_of_transformers_gpt2():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).eval()
+    ours = GPT(GPTConfig(vocab_size=50, block_size=32, n_layer=3, n_head=4, n_embd=48), torch.Generator().manual_seed(0))
+    for i, p in enumerate(ours.parameters()):
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    state = {name: p.T if p.dim() == 2 and "wte" not in name and "wpe" not in name else p for name, p in ours.state_dict().items()}
+    missing = theirs.load_state_dict(state, strict=False)  # their linear layers hold the transpose
+    assert missing.unexpected_keys == [] and missing.missing_keys == ["lm_head.weight"]  # which is tied
+    x = torch.randint(50, (4, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=1e-4)
+        assert ours(x).std() > 0.3

@@ -62,22 +62,16 @@ def test_gpt2_vocabulary_that_cannot_be_fetched(monkeypatch):
 def test_draw_follows_the_distribution():
     p = torch.tensor([0.1, 0.0, 0.5, 0.25, 0.15, 0.0])
     uniforms = torch.arange(1, 1001) / 1000  # evenly spread, so each count is exact but for rounding at the borders
-    counts = draw(p.log().expand(1000, 6), uniforms, 1.0).bincount(minlength=6)
+    counts = draw(p.log().expand(1000, 6), uniforms).bincount(minlength=6)
     assert (counts - 1000 * p).abs().max() <= 1
     assert counts[1] == counts[5] == 0
 
 
-def test_draw_divides_by_the_temperature():
-    logits, uniforms = torch.tensor([0.0, 1.0, 3.0]), torch.arange(1, 1001) / 1000
-    counts = draw(logits.expand(1000, 3), uniforms, 2.0).bincount(minlength=3)
-    assert (counts - 1000 * (logits / 2).softmax(-1)).abs().max() <= 1
-
-
 @pytest.mark.parametrize("u", [2.0 ** -24, 1.0])
 def test_draw_never_takes_what_has_no_probability(u):
-    logits = torch.full((1, 4), -float("inf"))
-    logits[0, 2] = 7.0
-    assert draw(logits, torch.tensor([u]), 1.0).item() == 2
+    logp = torch.full((1, 4), -float("inf"))
+    logp[0, 2] = 0.0
+    assert draw(logp, torch.tensor([u])).item() == 2
 
 
 # Sampling.
@@ -109,6 +103,10 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone(policy, temperature):
         # The mask covers what was chosen, the end of text too, and nothing before or after.
         assert r.mask[b].tolist() == [len(prompt) <= t < len(tokens) for t in range(1, r.tokens.shape[1])]
     assert r.tokens.shape[1] == max(lengths)
+    # What it was drawn from is what a forward pass over the whole rows gives, at the temperature.
+    expected = (policy(r.tokens[:, :-1]) / (temperature or 1)).log_softmax(-1)
+    torch.testing.assert_close(r.logp[r.mask], expected[r.mask], rtol=1e-4, atol=1e-4)
+    assert r.logp.shape == expected.shape and r.logp.isfinite().all()
     assert temperature == 0 or len(lengths) > 3  # the batch was mixed at its ends as well
 
 
@@ -150,7 +148,7 @@ def test_completions_are_the_text_between_prompt_and_end():
     text = lambda s: list(s.encode())
     tokens = torch.tensor([text("ab") + text("cd") + [eos], text("abc") + [eos, eos]])
     mask = torch.tensor([[False, True, True, True], [False, False, True, False]])
-    assert rollout.Rollout(tokens, mask).completions(tokenizer) == ["cd", ""]
+    assert rollout.Rollout(tokens, mask, None).completions(tokenizer) == ["cd", ""]
 
 
 def test_prompts_that_cannot_be_completed(policy):
