@@ -426,8 +426,8 @@ def test_the_natural_gradient_does_not_depend_on_the_coordinates_and_the_plain_o
     plain, plain_mixed = (move(reinforce, M) for M in (torch.eye(len(mix), dtype=torch.float64), mix))
     natural, natural_mixed = (move(trpo, M, damping=0.0, cg_iters=100, delta=1e-3) for M in (torch.eye(len(mix), dtype=torch.float64), mix))
     cosine = lambda a, b: torch.nn.functional.cosine_similarity(a.reshape(-1), b.reshape(-1), dim=0)
-    torch.testing.assert_close(natural_mixed, natural, rtol=1e-4, atol=1e-8)  # direction and length
-    assert natural.norm() > 0.01 and cosine(plain, plain_mixed) < 0.9
+    assert (natural_mixed - natural).norm() < 1e-4 * natural.norm()  # direction and length, as far as CG goes
+    assert cosine(plain, plain_mixed) < 0.9
 
 
 def test_a_rejected_trpo_step_leaves_every_bit(policy, monkeypatch):
