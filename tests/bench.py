@@ -11,7 +11,6 @@ import copy
 import io
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -97,14 +96,19 @@ def direction(policy):
     return torch.randn(sum(p.numel() for p in policy.parameters()), generator=torch.Generator().manual_seed(3))
 
 
+def high_water():
+    """The most memory that this process has had resident, MiB. Linux: elsewhere the figures of memory are missing."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024 if status.exists() else float("nan")
+
+
 def peak(size, make_product):
     """MiB by which one product raises the peak of this process above that of a forward pass."""
     policy, batch = make(size)
     forward(policy, batch.obs)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if make_product:
-        make_product(policy, batch)(direction(policy))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    before = high_water()
+    make_product(policy, batch)(direction(policy))
+    return high_water() - before
 
 
 def alone(function, *args):
@@ -119,7 +123,7 @@ def fisher():
         policy, batch = make(size)
         v, ours, theirs = direction(policy), fisher_vector_product(policy, batch), textbook(policy, batch)
         difference = (ours(v) - theirs(v)).norm() / theirs(v).norm()
-        t = in_turns(9, forward=lambda: forward(policy, batch.obs), ours=lambda: ours(v), kept=lambda: theirs(v),
+        t = in_turns(5, forward=lambda: forward(policy, batch.obs), ours=lambda: ours(v), kept=lambda: theirs(v),
                      textbook=lambda: textbook(policy, batch)(v))
         rows.append({"batch, tokens, layers, heads, width, vocabulary": size, "forward ms": median_ms(t["forward"]),
                      "ours/forward": ratio(t["ours"], t["forward"]), "textbook/forward": ratio(t["textbook"], t["forward"]),
@@ -141,7 +145,7 @@ def updates():
             config.fisher_fraction = fraction
             stats = update(mine, batch, torch.optim.Adam(mine.parameters(), 1e-4, fused=True), config, torch.Generator().manual_seed(0))
             assert stats.get("accepted", 1) and stats.get("steps", 16) == 16
-        t = in_turns(5, forward=lambda: forward(policy, batch.obs), reinforce=lambda: run(algos.reinforce),
+        t = in_turns(3, forward=lambda: forward(policy, batch.obs), reinforce=lambda: run(algos.reinforce),
                      ppo=lambda: run(algos.ppo), trpo=lambda: run(algos.trpo), whole=lambda: run(algos.trpo, 1.0))
         rows.append({"batch, tokens, layers, heads, width, vocabulary": size, "forward ms": median_ms(t["forward"]),
                      **{f"{name}/forward": ratio(t[name], t["forward"]) for name in ("reinforce", "ppo", "trpo")},
@@ -214,7 +218,7 @@ def sampling():
         if theirs:
             functions["generate"] = lambda: theirs.generate(tokens[:, :1], attention_mask=torch.ones(B, 1, dtype=torch.long), do_sample=True,
                                                             max_new_tokens=T, min_new_tokens=T, top_k=0, use_cache=True, pad_token_id=0)
-        t = in_turns(7, **functions)
+        t = in_turns(5, **functions)
         rows.append({"batch, tokens, layers, heads, width, vocabulary": size, "forward ms": median_ms(t["forward"]), "sample ms": median_ms(t["sample"]),
                      "forward/sample": ratio(t["forward"], t["sample"]),
                      "transformers' generate/sample": ratio(t["generate"], t["sample"]) if theirs else "not installed"})
@@ -270,7 +274,7 @@ def one_iteration(batch_size, length, n_layer, n_head, n_embd):
     tokenizer = Tokenizer.from_merges([])
     policy = GPT(GPTConfig(256, length, n_layer, n_head, n_embd))  # has no end-of-text token, so all episodes are of full length
     task = Task([], ["a"], ["a"], lambda prompt, completion: completion.count("e"), None, "")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     reference, critic = copy.deepcopy(policy).requires_grad_(False), Critic(policy.config, policy)
     optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     generators = {name: torch.Generator().manual_seed(0) for name in ("prompts", "sample", "update")}
@@ -281,7 +285,7 @@ def one_iteration(batch_size, length, n_layer, n_head, n_embd):
         algos.fit_critic(critic, batch, optimizer, config, generators["update"])
         taken = time.perf_counter() - start
     size = sum(p.numel() for p in policy.parameters())
-    return size, taken, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return size, taken, high_water() - before
 
 
 def growth():

@@ -193,6 +193,12 @@ def test_ppo_stops_at_the_target_kl(policy):
     assert len(watched.seen) == 1 + stats["steps"] + 1 + 1  # old policy; steps; the look that ended it; how far it came
 
 
+def test_ppo_compares_each_row_with_its_own_old_policy(policy):
+    """A policy that does not move has no KL, on no minibatch; other rows' distributions would have."""
+    still = torch.optim.SGD(policy.parameters(), 0.0)
+    assert ppo(policy, make_batch(policy), still, config(epochs=3, minibatches=3, target_kl=1e-9), generator())["steps"] == 9
+
+
 def test_ppo_always_takes_a_step_and_never_goes_on_with_nan(policy):
     batch = make_batch(policy)
     assert sgd_move(ppo, policy, batch, epochs=5, target_kl=-1.0)[1]["steps"] == 1

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from advantage import ADVANTAGES, token_rewards
+from advantage import ADVANTAGES, token_rewards, whiten
 from algos import Batch, chosen, log_probs, ppo, reinforce
 from model import GPT, Critic, GPTConfig
 
@@ -37,6 +37,10 @@ SHAPE = GPTConfig(vocab_size=V, block_size=T + 1, n_layer=1, n_head=2, n_embd=4)
 
 def make_policy(seed=0):
     return shaken(GPT(SHAPE, torch.Generator().manual_seed(seed)), seed)
+
+
+def make_critic(seed):
+    return shaken(Critic(SHAPE, make_policy(seed).float()), seed)
 
 
 def completions(prefix=()):
@@ -130,8 +134,7 @@ def test_the_enumeration_is_whole(world):
 @pytest.mark.parametrize("update", [reinforce, ppo])
 @pytest.mark.parametrize("kind", ["returns", "returns less a baseline of the state", "gae"])
 def test_the_policy_gradient_is_unbiased(world, truth, kind, update):
-    nothing, anything = torch.zeros_like(world.rewards), Critic(SHAPE)
-    baseline = shaken(anything, 5)(world.tokens[:, :-1]).detach()
+    nothing, baseline = torch.zeros_like(world.rewards), make_critic(5)(world.tokens[:, :-1]).detach()
     if kind == "returns":
         advantages, _ = ADVANTAGES["returns"](world.rewards, nothing, world.mask, config())
     elif kind == "gae":
@@ -193,10 +196,9 @@ def bias_and_variance(world, truth, values, gamma, lam):
 
 
 def fair_critic(world):
-    """The true values with an error of a third of their spread: what a critic in training is like."""
-    true = world.values()
-    noise = shaken(Critic(SHAPE), 7)(world.tokens[:, :-1]).detach()
-    return true + noise / noise[world.mask].std() * true[world.mask].std() / 3
+    """The true values with an error of a third of their spread, and of mean 0: what a critic in training is like."""
+    true, noise = world.values(), make_critic(7)(world.tokens[:, :-1]).detach()
+    return true + whiten(noise, world.mask) * true[world.mask].std() / 3
 
 
 def test_gamma_and_lambda_trade_bias_for_variance(world, truth):
