@@ -40,7 +40,7 @@ DEFAULTS = {
     "reinforce": dict(iterations=80),
     "ppo": dict(lr=5e-4),
     "reviews": dict(vocab_size=620, block_size=64, max_new_tokens=44),
-    "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, pretrain_steps=3000, pretrain_batch=128,
+    "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8, pretrain_steps=3000, pretrain_batch=128,
                      pretrain_lr=3e-3, kl_coef=0.01, iterations=150, group_size=1, lr=1e-4, damping=1.0),
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
 }
