@@ -179,7 +179,7 @@ def fisher_vector_product(policy, batch, temperature=1.0):
     with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
         logits = policy(batch.obs) / temperature  # (B, T, A)
     probs = logits.softmax(-1)  # whose derivative by the logits is the little matrix diag p - p pᵀ
-    weight = (batch.mask / batch.mask.sum()).unsqueeze(-1)  # (B, T, 1) of a mean over the actions
+    weight = (batch.mask.to(logits.dtype) / batch.mask.sum()).unsqueeze(-1)  # (B, T, 1) of a mean over the actions
     u = torch.zeros_like(logits, requires_grad=True)  # any value would do
     Jtu = flatten(torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True))  # (n,)
 

@@ -132,7 +132,8 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     its own next token is taken in place of a sampled one. So each row gets what it would get alone, from its own random
     numbers.
     """
-    device = next(policy.parameters()).device
+    weight = next(policy.parameters())
+    device = weight.device
     check_fit(prompts, max_new_tokens, policy.config.block_size)
     B, T = len(prompts), max(map(len, prompts)) + max_new_tokens
     tokens = torch.full((B, T), eos_token)
@@ -144,7 +145,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     own = 1 - torch.rand(B, max_new_tokens, generator=generator, device=device)  # in (0, 1], one for each own token
     positions = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)
     uniforms = torch.ones(B, T, device=device).scatter_(1, positions, own)  # (B, T), aligned with tokens
-    logp = torch.zeros(B, T - 1, policy.config.vocab_size, device=device)
+    logp = weight.new_zeros(B, T - 1, policy.config.vocab_size)
 
     with torch.inference_mode():
         rows = torch.arange(B, device=device)  # the rows that the cache holds: in the end only those still being written

@@ -257,6 +257,13 @@ def test_temperature_is_part_of_the_policy(policy, update):
     torch.testing.assert_close(sgd_move(update, policy, batch, temperature=tau)[0], sgd_move(update, Divided(policy), batch)[0])
 
 
+def test_reinforce_watches_the_kl_of_its_first_64_episodes(policy):
+    batch, new = make_batch(policy), copy.deepcopy(policy)
+    many = batch.rows(torch.arange(70) % B)
+    stats = reinforce(new, many, torch.optim.SGD(new.parameters(), 0.1), config())
+    assert stats["kl_update"] == pytest.approx(mean_kl(policy, new, many.rows(slice(64))))
+
+
 # The critic.
 
 def test_critic_fit_is_least_squares_on_the_actions(policy):
@@ -395,12 +402,14 @@ def test_trpo_scales_even_an_unfinished_direction_to_the_edge(policy):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("delta", [0.003, 0.3])
-def test_an_accepted_trpo_step_keeps_its_promises(policy, seed, delta):
+@pytest.mark.parametrize("delta, fraction", [(0.003, 1.0), (0.3, 1.0), (0.03, 0.4)])
+def test_an_accepted_trpo_step_keeps_its_promises(policy, seed, delta, fraction):
+    """Over all episodes, also where Fisher products have seen but some of them."""
     batch, new = make_batch(policy, seed=seed), copy.deepcopy(policy)
-    stats = trpo(new, batch, None, config(delta=delta), generator())
+    stats = trpo(new, batch, None, config(delta=delta, fisher_fraction=fraction), generator())
     assert stats["accepted"] == 1
     assert 0 < mean_kl(policy, new, batch) <= delta * (1 + 1e-9)
+    assert stats["kl_update"] == pytest.approx(mean_kl(policy, new, batch))
     gain = surrogate(policy, new, batch) - surrogate(policy, policy, batch)
     assert gain > 0 and stats["gain"] == pytest.approx(gain)
 

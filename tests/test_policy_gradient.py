@@ -72,14 +72,14 @@ class World:
         """The gradient of an objective (p (N,), logp (N, T)) -> (), by autograd."""
         return flat(torch.autograd.grad(objective(*self.probabilities(self.policy)), list(self.policy.parameters())))
 
-    def values(self):
-        """V(s_t) (N, T): the reward to come, averaged over all episodes that share what was read so far."""
+    def values(self, gamma=1.0):
+        """V(s_t) (N, T): the discounted reward to come, averaged over all episodes that share what was read so far."""
         p, _ = self.probabilities(self.policy)
-        values = torch.zeros_like(self.rewards)
+        values, discount = torch.zeros_like(self.rewards), gamma ** torch.arange(T, dtype=torch.float64)
         for n in range(len(p)):
             for t in range(self.lengths[n]):
                 same = (self.tokens[:, :t + 1] == self.tokens[n, :t + 1]).all(1) & self.mask[:, t]
-                values[n, t] = (p[same] * self.rewards[same, t:].sum(1)).sum() / p[same].sum()
+                values[n, t] = (p[same] * (self.rewards[same, t:] @ discount[:T - t])).sum() / p[same].sum()
         return values.detach()
 
     def gradient(self, rows, advantages, update=reinforce):
@@ -187,7 +187,7 @@ def test_the_kl_penalty_has_the_gradient_of_the_kl(world):
 
 
 def bias_and_variance(world, truth, values, gamma, lam):
-    """Of one episode's gradient: |E g - ∇J| / |∇J|, and E|g - E g|² / |∇J|²."""
+    """Of one episode's gradient: |E g - ∇J| / |∇J|, J without discount, and E|g - E g|² / |∇J|²."""
     advantages, _ = ADVANTAGES["gae"](world.rewards, values, world.mask, config(gamma, lam))
     gradients = world.every_gradient(advantages)
     mean = expected(world, gradients)
@@ -195,15 +195,14 @@ def bias_and_variance(world, truth, values, gamma, lam):
     return (mean - truth).norm().item() / truth.norm().item(), variance.item() / truth.norm().item() ** 2
 
 
-def fair_critic(world):
+def fair_critic(world, gamma):
     """The true values with an error of a third of their spread, and of mean 0: what a critic in training is like."""
-    true, noise = world.values(), make_critic(7)(world.tokens[:, :-1]).detach()
+    true, noise = world.values(gamma), make_critic(7)(world.tokens[:, :-1]).detach()
     return true + whiten(noise, world.mask) * true[world.mask].std() / 3
 
 
 def test_gamma_and_lambda_trade_bias_for_variance(world, truth):
-    values = fair_critic(world)
-    table = {(g, l): bias_and_variance(world, truth, values, g, l) for g in (1.0, 0.8) for l in (1.0, 0.5, 0.0)}
+    table = {(g, l): bias_and_variance(world, truth, fair_critic(world, g), g, l) for g in (1.0, 0.8) for l in (1.0, 0.5, 0.0)}
     assert table[1, 1][0] < 1e-6
     assert all(bias > 0.01 for key, (bias, _) in table.items() if key != (1, 1))
     for gamma in (1.0, 0.8):  # the smaller lambda, the more bias; what it saves in variance depends on the critic's errors too
@@ -213,12 +212,13 @@ def test_gamma_and_lambda_trade_bias_for_variance(world, truth):
 
 
 if __name__ == "__main__":
-    print("policy seed  gamma  lambda   bias  variance   (both relative to the gradient's length and its square)")
+    print("policy  gamma  lambda   bias  variance, relative to that with the critic at gamma = lambda = 1")
     for seed in range(3):
         world = World(make_policy(seed))
         truth = world.exact(lambda p, logp: (p * world.rewards.sum(1)).sum())
-        values = fair_critic(world)
-        nothing = torch.zeros_like(values)
-        for name, critic, gamma, lam in [("no critic", nothing, 1, 1)] + [("critic", values, g, l) for g in (1, 0.95, 0.8) for l in (1, 0.95, 0.5, 0)]:
+        _, unit = bias_and_variance(world, truth, fair_critic(world, 1), 1, 1)
+        rows = [("no critic", torch.zeros_like(world.rewards), 1, 1)]
+        rows += [("", fair_critic(world, gamma), gamma, lam) for gamma in (1, 0.95, 0.8) for lam in (1, 0.95, 0.5, 0)]
+        for name, critic, gamma, lam in rows:
             bias, variance = bias_and_variance(world, truth, critic, gamma, lam)
-            print(f"{seed:11d}  {gamma:5.2f}  {lam:6.2f}  {bias:5.3f}  {variance:8.2f}   {name}")
+            print(f"{seed:6d}  {gamma:5.2f}  {lam:6.2f}  {bias:5.3f}  {variance / unit:8.2f}   {name}")

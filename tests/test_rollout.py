@@ -110,6 +110,12 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone(policy, temperature):
     assert temperature == 0 or len(lengths) > 3  # the batch was mixed at its ends as well
 
 
+def test_sampling_keeps_the_policys_precision(policy):
+    r = sample(policy.double(), PROMPTS, 4, EOS)
+    assert r.logp.dtype == torch.float64
+    torch.testing.assert_close(r.logp[r.mask], policy(r.tokens[:, :-1]).log_softmax(-1)[r.mask])
+
+
 def test_a_row_stops_after_max_new_tokens(policy):
     r = sample(policy, PROMPTS * 5, 3, EOS, generator=torch.Generator().manual_seed(0))
     assert r.mask.sum(1).max() == 3 and r.mask.sum(1).min() >= 1

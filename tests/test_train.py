@@ -4,14 +4,18 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import reward
 import train
-from rollout import BadInput, load_checkpoint
+from model import GPT, Critic, GPTConfig
+from rollout import BadInput, Tokenizer, load_checkpoint, sample
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--n-layer 1 --n-embd 16 --n-head 2 --pretrain-steps 60 --iterations 2 --batch-size 16 --minibatches 2 "
@@ -56,7 +60,8 @@ def test_a_short_run_of_each_algorithm(out, algo):
     trained, tokenizer, more = load_checkpoint(run)
     start, _, _ = load_checkpoint(next((out / "pretrained").iterdir()))
     assert not torch.equal(trained.transformer.wte.weight, start.transformer.wte.weight)
-    assert more["config"] == config and more["iteration"] == 2 and "value_head.weight" in more["critic"]
+    assert more["config"] == config and more["iteration"] == 2
+    assert more["critic"]["value_head.weight"].abs().max() > 0  # which was zero before its fit
 
 
 def test_pretraining_is_done_once(out, capsys):
@@ -80,6 +85,109 @@ def test_same_seed_same_bytes_in_another_process(out, algo):
         assert lines[0].endswith(",seconds") and len(lines) == 3
         texts[name] = [line.rpartition(",")[0] for line in lines]  # all but the time
     assert texts["a"] == texts["b"] != texts["c"]
+
+
+# collect and evaluate, every number made again from full forward passes.
+
+def explain(model, obs):
+    """log π(·|s) at temperature 0.7."""
+    return (model(obs) / 0.7).log_softmax(-1).detach()
+
+
+@pytest.fixture
+def world():
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = (GPT(GPTConfig(257, 16, 1, 2, 16), generator) for _ in range(2))
+    critic = Critic(policy.config, policy)
+    for p in [*policy.parameters(), *reference.parameters(), *critic.parameters()]:
+        p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    for model in (policy, reference):
+        end = model.transformer.wte.weight.data[256]
+        end *= 4
+        model.transformer.ln_f.bias.data += 4 * end / (end @ end)  # so that some completions end
+    task = reward.Task([], ["a", "bcd", "ef"], ["a", "g", "hij", "kl"], lambda p, c: len(c.encode()) + len(p) / 4, lambda p, c: len(c), "length")
+    config = SimpleNamespace(batch_size=32, group_size=2, max_new_tokens=6, temperature=0.7, kl_coef=0.3, gamma=0.9, lam=0.8,
+                             whiten=0, advantage="gae", eval_episodes=50)
+    return task, policy, reference, critic, Tokenizer.from_merges([]), config
+
+
+def generators():
+    return {name: torch.Generator().manual_seed(7) for name in ("prompts", "sample", "update")}
+
+
+@pytest.mark.parametrize("advantage, whiten", [("gae", 0), ("gae", 1), ("rloo", 0)])
+def test_collect_puts_every_number_in_its_place(world, advantage, whiten):
+    task, policy, reference, critic, tokenizer, config = world
+    config.advantage, config.whiten = advantage, whiten
+    critic = critic if advantage == "gae" else None
+    batch, stats = train.collect(task, policy, reference, critic, tokenizer, config, generators())
+    logp, ref = explain(policy, batch.obs), explain(reference, batch.obs)
+    values = critic(batch.obs).detach() if critic else torch.zeros(batch.mask.shape)
+    scores, kls, entropies, ended, expected, targets, prompts = [], [], [], 0, [], [], []
+    for b, mask in enumerate(batch.mask):
+        steps = mask.nonzero().squeeze(1).tolist()
+        prompts.append(tokenizer.decode(batch.obs[b, :steps[0] + 1].tolist()))
+        actions = batch.actions[b, mask].tolist()
+        ended += actions[-1] == 256
+        scores.append(task.reward(prompts[-1], tokenizer.decode(actions)))
+        rewards = []
+        for t, a in zip(steps, actions):
+            rewards.append(-0.3 * (logp[b, t, a] - ref[b, t, a]).item())
+            assert batch.logprobs[b, t].item() == pytest.approx(logp[b, t, a].item(), abs=1e-4)
+            kls.append((logp[b, t].exp() * (logp[b, t] - ref[b, t])).sum().item())
+            entropies.append(-(logp[b, t].exp() * logp[b, t]).sum().item())
+        rewards[-1] += scores[-1]
+        n, v = len(steps), [*values[b, mask].tolist(), 0.0]
+        if advantage == "gae":
+            delta = [rewards[i] + 0.9 * v[i + 1] - v[i] for i in range(n)]
+            adv = [sum((0.9 * 0.8) ** k * delta[i + k] for k in range(n - i)) for i in range(n)]
+            targets.append([a + x for a, x in zip(adv, v)])
+        else:
+            adv = [sum(rewards)] * n
+            targets.append(adv)
+        expected.append(adv)
+    if advantage == "rloo":  # rows 2i and 2i+1 share a prompt, each is the other's baseline
+        assert prompts[::2] == prompts[1::2]
+        totals = [adv[0] for adv in expected]
+        expected = [[totals[b] - totals[b ^ 1]] * len(adv) for b, adv in enumerate(expected)]
+    flat = torch.tensor(sum(expected, []))
+    if whiten:
+        flat = (flat - flat.mean()) / flat.std(unbiased=False)
+    returns, values = torch.tensor(sum(targets, [])), values[batch.mask]
+    torch.testing.assert_close(batch.advantages[batch.mask], flat, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(batch.returns[batch.mask], returns, rtol=1e-3, atol=1e-3)
+    assert 0 < ended < 32 and len(set(prompts)) == 3
+    close = lambda x: pytest.approx(x, rel=1e-3)
+    assert stats["reward"] == close(fmean(scores)) and stats["kl"] == close(fmean(kls)) and stats["entropy"] == close(fmean(entropies))
+    assert stats["ended"] == close(ended / 32) and stats["length"] == close(len(kls) / 32)
+    assert stats.get("explained_variance") == (close(1 - ((returns - values) ** 2).mean().item() / returns.var(unbiased=False).item()) if critic else None)
+
+
+def test_evaluate_is_the_mean_over_held_out_prompts(world):
+    task, policy, reference, _, tokenizer, config = world
+    asked = []
+    task = replace(task, metric=lambda prompt, completion: asked.append((prompt, completion)) or len(completion))
+    figures, texts = train.evaluate(task, policy, reference, tokenizer, config)
+    assert texts == asked[:50] and [prompt for prompt, _ in texts] == (task.heldout * 13)[:50]
+    assert figures["reward"] == pytest.approx(fmean(task.reward(*pair) for pair in texts))
+    assert figures["metric"] == pytest.approx(fmean(len(completion) for _, completion in texts))
+    for prompt, completion in asked[50:]:  # the likeliest token, again and again
+        tokens = tokenizer.encode(prompt)
+        for _ in range(6):
+            tokens.append(policy(torch.tensor([tokens]))[0, -1].argmax().item())
+            if tokens[-1] == 256:
+                break
+        assert completion == tokenizer.decode(tokens[len(prompt):])
+    assert [prompt for prompt, _ in asked[50:]] == task.heldout
+    assert figures["greedy"] == pytest.approx(fmean(len(completion) for _, completion in asked[50:]))
+    kls, entropies, generator = [], [], torch.Generator().manual_seed(12345)
+    for prompts in (texts[:32], texts[32:]):
+        r = sample(policy, [tokenizer.encode(prompt) for prompt, _ in prompts], 6, 256, 0.7, generator)
+        assert r.completions(tokenizer) == [completion for _, completion in prompts]
+        logp, ref = (explain(model, r.tokens[:, :-1])[r.mask] for model in (policy, reference))
+        kls += (logp.exp() * (logp - ref)).sum(-1).tolist()
+        entropies += (-logp.exp() * logp).sum(-1).tolist()
+    assert figures["kl"] == pytest.approx(fmean(kls), rel=1e-3) and figures["entropy"] == pytest.approx(fmean(entropies), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", train.ADVANTAGES)
