@@ -104,7 +104,7 @@ def world():
     for model in (policy, reference):
         end = model.transformer.wte.weight.data[256]
         end *= 4
-        model.transformer.ln_f.bias.data += 4 * end / (end @ end)  # so that some completions end
+        model.transformer.ln_f.bias.data += 2 * end / (end @ end)  # so that some completions end
     task = reward.Task([], ["a", "bcd", "ef"], ["a", "g", "hij", "kl"], lambda p, c: len(c.encode()) + len(p) / 4, lambda p, c: len(c), "length")
     config = SimpleNamespace(batch_size=32, group_size=2, max_new_tokens=6, temperature=0.7, kl_coef=0.3, gamma=0.9, lam=0.8,
                              whiten=0, advantage="gae", eval_episodes=50)
