@@ -62,7 +62,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(k, v)  # (S, B, H, D), S tokens so far
-            if T == 1:  # the sampler's step: softmax(q kᵀ / √D) v, written out because the fused kernel takes twice as long
+            if T == 1:  # the sampler's step: softmax(q kᵀ / √D) v, written out: the fused kernel is slower for one query
                 weights = (k * (q[:, :, 0] / math.sqrt(q.shape[-1]))).sum(-1).softmax(0)  # (S, B, H)
                 return self.c_proj((weights.unsqueeze(-1) * v).sum(0).view(B, 1, C))
             k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)  # (B, H, S, D)
