@@ -52,8 +52,11 @@ def entropy(logp):
 
 
 def kl_divergence(logp, logq):
-    """KL(p‖q) (B, T) in nats, exact over all A actions, so never negative. logp, logq: (B, T, A)."""
-    return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)  # rounding is
+    """KL(p‖q) (B, T) in nats, exact over all A actions and so never negative. logp, logq: (B, T, A).
+
+    To be watched and bounded, not differentiated: where rounding falls below 0, the clamp cuts the gradient.
+    """
+    return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
 
 
 def minibatches(batch, epochs, parts, generator):
@@ -180,7 +183,7 @@ def fisher_vector_product(policy, batch, temperature=1.0):
         logits = policy(batch.obs) / temperature  # (B, T, A)
     probs = logits.softmax(-1)  # whose derivative by the logits is the little matrix diag p - p pᵀ
     weight = (batch.mask.to(logits.dtype) / batch.mask.sum()).unsqueeze(-1)  # (B, T, 1) of a mean over the actions
-    u = torch.zeros_like(logits, requires_grad=True)  # any value would do
+    u = torch.zeros_like(logits, requires_grad=True)  # its value is of no matter: Jᵀu is linear in it
     Jtu = flatten(torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True))  # (n,)
 
     def product(v):

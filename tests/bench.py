@@ -30,7 +30,7 @@ from model import GPT, Critic, GPTConfig
 from reward import TASKS, Task
 from rollout import Tokenizer, sample
 
-# batch, tokens, layers, heads, width, vocabulary
+SIZE = "batch, tokens, layers, heads, width, vocabulary"
 SIZES = [(256, 10, 2, 3, 96, 257), (128, 64, 4, 4, 128, 257), (64, 128, 4, 4, 128, 257), (16, 256, 6, 6, 192, 257)]
 
 
@@ -127,10 +127,10 @@ def fisher():
         difference = (ours(v) - theirs(v)).norm() / theirs(v).norm()
         t = in_turns(5, forward=lambda: forward(policy, batch.obs), ours=lambda: ours(v), theirs=lambda: theirs(v),
                      first=lambda: fisher_vector_product(policy, batch)(v), their_first=lambda: textbook(policy, batch)(v))
-        rows.append({"batch, tokens, layers, heads, width, vocabulary": size, "forward ms": median_ms(t["forward"]),
+        rows.append({SIZE: size, "forward ms": median_ms(t["forward"]),
                      "ours/forward": ratio(t["ours"], t["forward"]), "textbook/forward": ratio(t["theirs"], t["forward"]),
-                     "with the graph: ours": ratio(t["first"], t["forward"]), "textbook": ratio(t["their_first"], t["forward"]), "ours MiB": alone(peak, size, fisher_vector_product),
-                     "textbook MiB": alone(peak, size, textbook), "relative difference": difference.item()})
+                     "with the graph: ours": ratio(t["first"], t["forward"]), "textbook": ratio(t["their_first"], t["forward"]),
+                     "ours MiB": alone(peak, size, fisher_vector_product), "textbook MiB": alone(peak, size, textbook), "relative difference": difference.item()})
     return show("One Fisher-vector product over all episodes, the graph kept from the product before", rows)
 
 
@@ -148,7 +148,7 @@ def updates():
             assert stats.get("accepted", 1) and stats.get("steps", 16) == 16
         t = in_turns(3, forward=lambda: forward(policy, batch.obs), reinforce=lambda: run(algos.reinforce),
                      ppo=lambda: run(algos.ppo), trpo=lambda: run(algos.trpo), whole=lambda: run(algos.trpo, all_episodes))
-        rows.append({"batch, tokens, layers, heads, width, vocabulary": size, "forward ms": median_ms(t["forward"]),
+        rows.append({SIZE: size, "forward ms": median_ms(t["forward"]),
                      **{f"{name}/forward": ratio(t[name], t["forward"]) for name in ("reinforce", "ppo", "trpo")},
                      "trpo/ppo": ratio(t["trpo"], t["ppo"]), "trpo/ppo with all episodes in F": ratio(t["whole"], t["ppo"])})
     return show(f"An update: PPO {config.epochs} x {config.minibatches} steps; TRPO {config.cg_iters} products over "
@@ -211,19 +211,27 @@ def sampling():
     for size in SIZES:
         B, T, V = size[0], size[1], size[-1]
         policy, _ = make(size)
-        prompts, generator = [[0]] * B, torch.Generator().manual_seed(0)
-        functions = {"sample": lambda: sample(policy, prompts, T, eos_token=V, generator=generator)}  # V is never drawn
-        tokens = sample(policy, prompts, T, eos_token=V, generator=generator).tokens
-        functions["forward"] = lambda: forward(policy, tokens[:, :-1])
+        generator = torch.Generator().manual_seed(0)
+
+        def complete():
+            return sample(policy, [[0]] * B, T, eos_token=V, generator=generator)  # V is never drawn
+        tokens = complete().tokens
+        functions = {"sample": complete, "forward": lambda: forward(policy, tokens[:, :-1])}
         theirs = gpt2_of_transformers(policy)
         if theirs:
             functions["generate"] = lambda: theirs.generate(tokens[:, :1], attention_mask=torch.ones(B, 1, dtype=torch.long), do_sample=True,
                                                             max_new_tokens=T, min_new_tokens=T, top_k=0, use_cache=True, pad_token_id=0)
         t = in_turns(5, **functions)
-        rows.append({"batch, tokens, layers, heads, width, vocabulary": size, "forward ms": median_ms(t["forward"]), "sample ms": median_ms(t["sample"]),
+        rows.append({SIZE: size, "forward ms": median_ms(t["forward"]), "sample ms": median_ms(t["sample"]),
                      "forward/sample": ratio(t["forward"], t["sample"]),
                      "transformers' generate/sample": ratio(t["generate"], t["sample"]) if theirs else "not installed"})
     return show("Sampling, beside one forward pass over the finished episodes", rows)
+
+
+def gpt2_state(policy):
+    """The policy's weights as transformers' GPT2LMHeadModel names and lays them out: its linear layers hold the transpose."""
+    embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
+    return {name: p.T if p.dim() == 2 and name not in embeddings else p for name, p in policy.state_dict().items()}
 
 
 def gpt2_of_transformers(policy):
@@ -234,8 +242,7 @@ def gpt2_of_transformers(policy):
     c = policy.config
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
                                         bos_token_id=None, eos_token_id=None)).eval()
-    theirs.load_state_dict({name: p.T if p.dim() == 2 and "wte" not in name and "wpe" not in name else p
-                            for name, p in policy.state_dict().items()}, strict=False)
+    theirs.load_state_dict(gpt2_state(policy), strict=False)  # the head is tied
     return theirs
 
 
@@ -259,12 +266,23 @@ def seconds():
     spent = {label: sum(t[name]) for name, label in phases.items()}
     spent["everything else"] = whole - sum(spent.values())
     figures = show(f"A default run, {whole:.0f} s", [{"phase": p, "s": s, "share": f"{s / whole:.1%}"} for p, s in spent.items()])
-    events = [(e.key.removeprefix("aten::"), e.self_cpu_time_total) for e in profiled.key_averages()]
-    shares = {label: sum(us for key, us in events if key.startswith(prefixes)) for label, prefixes in OPERATORS.items()}
-    total = sum(us for _, us in events)
-    shares["everything else, none of it more than " + f"{max(us for key, us in events if not key.startswith(sum(OPERATORS.values(), ()))) / total:.1%}"] = \
-        total - sum(shares.values())
-    return figures | show("10 RL iterations and two greedy evaluations by operator, as the profiler sees it (the one-token attention of sampling is in everything else)", [{"operator": o, "share": f"{us / total:.1%}"} for o, us in shares.items()])
+    return figures | show("10 RL iterations and two greedy evaluations by operator, as the profiler sees it (the one-token attention "
+                          "of sampling is in everything else)", by_operator(profiled.key_averages()))
+
+
+def by_operator(events):
+    """The shares of OPERATORS in the profiler's events, and of the rest with its largest."""
+    spent, others = dict.fromkeys(OPERATORS, 0), [0]
+    for event in events:
+        name = event.key.removeprefix("aten::")
+        label = next((label for label, prefixes in OPERATORS.items() if name.startswith(prefixes)), None)
+        if label:
+            spent[label] += event.self_cpu_time_total
+        else:
+            others.append(event.self_cpu_time_total)
+    total = sum(spent.values()) + sum(others)
+    spent[f"everything else, none of it more than {max(others) / total:.1%}"] = sum(others)
+    return [{"operator": label, "share": f"{us / total:.1%}"} for label, us in spent.items()]
 
 
 # Growth.
@@ -298,8 +316,9 @@ def growth():
         rows = []
         for size in sizes:
             parameters, taken, memory = alone(one_iteration, *size)
-            rows.append({"batch": size[0], "tokens": size[1], "parameters": parameters, "s": taken, "s / first": taken / (rows[0]["s"] if rows else taken), "MiB": memory,
-                         "MiB / first": memory / (rows[0]["MiB"] if rows else memory)})
+            first = rows[0] if rows else {"s": taken, "MiB": memory}
+            rows.append({"batch": size[0], "tokens": size[1], "parameters": parameters, "s": taken, "s / first": taken / first["s"],
+                         "MiB": memory, "MiB / first": memory / first["MiB"]})
         figures |= show(f"{title}: a default TRPO iteration", rows)
     return figures
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from bench import gpt2_state
 from model import GPT, Critic, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=11, block_size=12, n_layer=3, n_head=2, n_embd=8)
@@ -120,8 +121,7 @@ def test_logits_are_those_of_transformers_gpt2():
     ours = GPT(GPTConfig(vocab_size=50, block_size=32, n_layer=3, n_head=4, n_embd=48), torch.Generator().manual_seed(0))
     for i, p in enumerate(ours.parameters()):
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-    state = {name: p.T if p.dim() == 2 and "wte" not in name and "wpe" not in name else p for name, p in ours.state_dict().items()}
-    missing = theirs.load_state_dict(state, strict=False)  # their linear layers hold the transpose
+    missing = theirs.load_state_dict(gpt2_state(ours), strict=False)
     assert missing.unexpected_keys == [] and missing.missing_keys == ["lm_head.weight"]  # which is tied
     x = torch.randint(50, (4, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

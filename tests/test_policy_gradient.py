@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from advantage import ADVANTAGES, token_rewards, whiten
-from algos import Batch, chosen, log_probs, ppo, reinforce
+from algos import Batch, chosen, flatten, ppo, reinforce
 from model import GPT, Critic, GPTConfig
 
 EOS, V, T = 2, 3, 4  # tokens 0 and 1, and the end; at most 4 of them after the prompt
@@ -70,7 +70,7 @@ class World:
 
     def exact(self, objective):
         """The gradient of an objective (p (N,), logp (N, T)) -> (), by autograd."""
-        return flat(torch.autograd.grad(objective(*self.probabilities(self.policy)), list(self.policy.parameters())))
+        return flatten(torch.autograd.grad(objective(*self.probabilities(self.policy)), list(self.policy.parameters())))
 
     def values(self, gamma=1.0):
         """V(s_t) (N, T): the discounted reward to come, averaged over all episodes that share what was read so far."""
@@ -88,17 +88,13 @@ class World:
         _, logp = self.probabilities(policy)
         batch = Batch(self.tokens[rows, :-1], self.tokens[rows, 1:], self.mask[rows], logp.detach()[rows], advantages, advantages)
         config = SimpleNamespace(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1, entropy_coef=0)
-        before = flat(policy.parameters())
+        before = flatten(policy.parameters()).detach()
         update(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config)
-        return (flat(policy.parameters()) - before) * self.lengths[rows].sum()
+        return (flatten(policy.parameters()).detach() - before) * self.lengths[rows].sum()
 
     def every_gradient(self, advantages, update=reinforce):
         """For each episode (N of them) the gradient that it gives alone: (N, n)."""
         return torch.stack([self.gradient([n], advantages[[n]], update) for n in range(len(self.tokens))])
-
-
-def flat(tensors):
-    return torch.cat([t.detach().reshape(-1).clone() for t in tensors])
 
 
 def config(gamma=1.0, lam=1.0, group_size=1):
