@@ -1,12 +1,35 @@
 """Tasks: what to imitate, what to be prompted with, and what to be rewarded for.
 
-A task is a function of a seed that returns a Task; `TASKS` names them. All three here make their corpus themselves.
+A built-in task is a function of a seed that returns a Task; `TASKS` names them. A task of your own is a Python file that defines
+the same names: corpus, prompts, heldout, reward and, optionally, metric.
 """
 
+import numbers
 import random
 import re
+import runpy
+import sys
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
+
+
+class BadTask(ValueError):
+    """A task that cannot be used. The message is one line that says why; its cause, where there is one, is the task's own error."""
+
+
+class Text(str):
+    """A string that carries more than its characters: Text("7+5=", answer="12").answer is "12".
+
+    A prompt may carry what its reward is to compare with. The completions that a reward is given carry `length`, their tokens with
+    the end of text; `ended`, whether they have one; and `fluency`, the reference's mean log-likelihood per token, in nats.
+    """
+
+    def __new__(cls, text, **more):
+        self = super().__new__(cls, text)
+        vars(self).update(more)
+        return self
 
 
 @dataclass(frozen=True)
@@ -16,8 +39,120 @@ class Task:
     heldout: list[str]  # openings for evaluation, none of them in prompts
     reward: Callable[[str, str], float]  # (prompt, completion) -> what RL maximises
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
-    metric_name: str
 
+
+# Pieces for rewards. A sum of them is a line of Python: lambda p, c: contains("tea")(p, c) - repetition(p, c).
+
+def words(text):
+    """The words of a text in lower case; a Chinese or Japanese character is a word of its own."""
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+
+
+def distinct_n(texts, n):
+    """Different n-grams of words, as a share of all of them in the texts; 1.0 where there are none. Li et al. 2016."""
+    grams = [gram for w in map(words, texts) for gram in zip(*(w[i:] for i in range(n)))]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repetition(prompt, completion):
+    """The share of the completion's pairs of words that it had said before, in [0, 1]."""
+    return 1 - distinct_n([completion], 2)
+
+
+def contains(word):
+    """The reward 1.0 for completions in which the word occurs, in capitals or not, also within another."""
+    def reward(prompt, completion):
+        return float(word.lower() in completion.lower())
+    return reward
+
+
+def length(target):
+    """The reward 1.0 for completions of `target` words, falling evenly to 0 at none and at twice as many."""
+    def reward(prompt, completion):
+        return max(0.0, 1 - abs(len(words(completion)) - target) / target)
+    return reward
+
+
+def fluency(prompt, completion):
+    """The reference's mean log-likelihood per token of the completion, in nats: 0 at most, higher for more likely text."""
+    return completion.fluency
+
+
+def batched(function):
+    """Marks a reward or metric that takes the prompts and completions of a batch as two lists, and returns a number for each."""
+    function.batched = True
+    return function
+
+
+# From a task to numbers.
+
+def load_task(name, seed):
+    """The built-in task of that name, or the one that a Python file defines. The file is executed. Raises BadTask."""
+    if name in TASKS:
+        return TASKS[name](seed)
+    path = Path(name)
+    if not path.is_file():
+        raise BadTask(f"there is no task {name}: give {', '.join(TASKS)} or a Python file")
+    sys.path.append(str(path.resolve().parent))  # so that it can import what lies beside it
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as e:
+        lines = [getattr(e, "lineno", None)] + [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        raise BadTask(f"{name}, line {lines[-1] or lines[0]}: {one_line(e)}")
+
+    def texts(field):
+        value = names.get(field, [])
+        value = [value] if isinstance(value, str) and field == "corpus" else value
+        if not (isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)):
+            raise BadTask(f"{name}: {field} must be a list of texts")
+        return list(value)
+
+    missing = [field for field in ("prompts", "heldout", "reward") if field not in names]
+    if missing:
+        raise BadTask(f"{name} lacks {' and '.join(missing)}: a task defines corpus, prompts, heldout, reward and, optionally, metric")
+    task = Task(texts("corpus"), texts("prompts"), texts("heldout"), names["reward"], names.get("metric", names["reward"]))
+    if not (callable(task.reward) and callable(task.metric)):
+        raise BadTask(f"{name}: reward and metric must be functions of a prompt and a completion")
+    if not (task.prompts and task.heldout and all(task.prompts + task.heldout)):
+        raise BadTask(f"{name}: prompts and heldout need at least one text each, and none of them empty")
+    common = set(task.prompts) & set(task.heldout)
+    if common:
+        raise BadTask(f"{name}: the prompt {min(common)!r} is also in heldout: what was trained on cannot test")
+    return task
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def score(function, prompts, completions):
+    """What a reward or metric says of each of B completions: B floats.
+
+    Raises BadTask where it fails (the cause is its own error) or gives anything but one finite number each.
+    """
+    pairs, values = list(zip(prompts, completions)), []
+    about = lambda pair: "prompt {!r} and completion {!r}".format(*map(str, pair))
+    name = getattr(function, "__name__", "reward")
+    try:
+        if getattr(function, "batched", False):
+            pair = pairs[0]
+            values = list(function(list(prompts), list(completions)))
+        else:
+            for pair in pairs:
+                values.append(function(*pair))
+    except Exception as e:
+        where = f"a batch that begins with {about(pair)}" if getattr(function, "batched", False) else about(pair)
+        raise BadTask(f"{name} failed on {where}: {one_line(e)}") from e.with_traceback(e.__traceback__.tb_next)
+    if len(values) != len(pairs):
+        raise BadTask(f"{name} gave {len(values)} numbers for {len(pairs)} completions: a batched reward must give one for each")
+    values = [v.tolist() if hasattr(v, "tolist") else v for v in values]  # what numpy and torch call a number
+    for value, pair in zip(values, pairs):
+        if not (isinstance(value, numbers.Real) and abs(value) < 1e38):  # nor NaN, nor more than float32 holds
+            raise BadTask(f"{name} gave {value!r} for {about(pair)}: a reward must be one finite number")
+    return [float(value) for value in values]
+
+
+# Grammars, out of which two of the tasks make their corpus.
 
 def split(items, heldout, rng):
     """Shuffle items; returns (all but the last `heldout`, the last `heldout`)."""
@@ -29,7 +164,7 @@ def split(items, heldout, rng):
 class Grammar:
     """A grammar without recursion: {symbol: its alternatives}, where {symbol} in an alternative stands for any of its own.
 
-    It writes (`generate`), lists (`expansions`) and reads (`parses`) the texts of a symbol.
+    It writes (`generate`), lists (`expansions`) and reads (`grammatical`) the texts of a symbol.
     """
 
     def __init__(self, rules):
@@ -56,7 +191,7 @@ class Grammar:
         inline = lambda p: "".join(self.regex(s) if i % 2 else re.escape(s) for i, s in enumerate(p))
         return "(?:" + "|".join(map(inline, parts)) + ")"
 
-    def parses(self, prompt, completion):
+    def grammatical(self, prompt, completion):
         """1.0 where the whole text is one of the grammar's, else 0.0."""
         return float(self.pattern.fullmatch(prompt + completion) is not None)
 
@@ -101,7 +236,7 @@ def reviews(seed):
     rng, grammar = random.Random(seed), Grammar(REVIEWS)
     corpus = [grammar.generate(rng) for _ in range(20_000)]
     prompts, heldout = split(grammar.expansions("opening"), 40, rng)
-    return Task(corpus, prompts, heldout, opinion, grammar.parses, "grammatical")
+    return Task(corpus, prompts, heldout, opinion, grammar.grammatical)
 
 
 # Addition: imitation learns the mistake, the reward unlearns it.
@@ -112,10 +247,9 @@ def careless_sum(a, b, rng):
     return a + b - 10 * (carry and rng.random() < 0.6)
 
 
-def exact(prompt, completion):
-    """1.0 where the completion of "a+b=" is the sum and nothing else."""
-    a, b = prompt.rstrip("=").split("+")
-    return float(completion == str(int(a) + int(b)))
+def accuracy(prompt, completion):
+    """1.0 where the completion is the answer that the prompt carries and nothing else."""
+    return float(completion == prompt.answer)
 
 
 def addition(seed):
@@ -124,8 +258,8 @@ def addition(seed):
     problems, heldout = split([(a, b) for a in range(100) for b in range(100)], 1000, rng)
     corpus = [f"{a}+{b}={careless_sum(a, b, rng)}" for _ in range(5) for a, b in problems]
     rng.shuffle(corpus)
-    text = lambda problem: "{}+{}=".format(*problem)
-    return Task(corpus, [*map(text, problems)], [*map(text, heldout)], exact, exact, "accuracy")
+    prompt = lambda problem: Text("{}+{}=".format(*problem), answer=str(sum(problem)))
+    return Task(corpus, [*map(prompt, problems)], [*map(prompt, heldout)], accuracy, accuracy)
 
 
 # Hello: find a rare word.
@@ -148,16 +282,12 @@ SMALL_TALK = {
 }
 
 
-def says_hello(prompt, completion):
-    return float("hello" in completion.lower())
-
-
 def hello(seed):
     """Small talk in which one reply of fifty says hello."""
     rng, grammar = random.Random(seed), Grammar(SMALL_TALK)
     corpus = [grammar.generate(rng) for _ in range(10_000)]
     prompts, heldout = split(grammar.expansions("opening"), 16, rng)
-    return Task(corpus, prompts, heldout, says_hello, grammar.parses, "grammatical")
+    return Task(corpus, prompts, heldout, contains("hello"), grammar.grammatical)
 
 
 TASKS = {"reviews": reviews, "addition": addition, "hello": hello}

@@ -55,8 +55,9 @@ class Tokenizer:
     @classmethod
     def learn(cls, texts, vocab_size, sample_bytes=20_000):
         """Learn vocab_size tokens (256 bytes, merges, the end of text) from a spread of the texts. Raises BadInput."""
+        pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
         stride = max(1, sum(map(len, texts)) // sample_bytes)
-        data = "\n".join(texts[::stride])
+        data = "\n".join(pieces[::stride])
         try:
             ranks = tiktoken._educational.bpe_train(data, vocab_size - 1, SPLIT, visualise=None)
         except ValueError:  # fewer than 256 bytes asked for, or nothing left to merge
@@ -76,6 +77,12 @@ class Tokenizer:
 
     def decode(self, tokens):
         return self.encoding.decode([t for t in tokens if t != self.eos_token])
+
+    def sizes(self):
+        """The bytes of each token's text (vocab_size,); the end of text counts as one, like the newline that it stands for."""
+        sizes = [len(self.encoding.decode_single_token_bytes(token)) for token in range(self.vocab_size)]
+        sizes[self.eos_token] = 1
+        return torch.tensor(sizes)
 
     def state(self):
         """What `from_state` needs to make it again: plain data, safe to load from a stranger."""

@@ -9,15 +9,15 @@ import hashlib
 import itertools
 import json
 import math
-import numbers
 import os
 import shutil
 import sys
 import textwrap
 import time
+import traceback
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from advantage import ADVANTAGES, token_rewards, whiten
 from algos import (Batch, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, masked_mean, ppo, reinforce,
                    trpo)
 from model import GPT, Critic, GPTConfig
-from reward import TASKS
+from reward import TASKS, BadTask, Text, distinct_n, load_task, score
 from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, load_checkpoint, sample, save_checkpoint,
                      write_atomically)
 
@@ -53,7 +53,7 @@ def option(default, help, low=None, high=math.inf, choices=None):
 
 @dataclass
 class Config:
-    task: str = option("reviews", "what to learn", choices=TASKS)
+    task: str = option("reviews", f"what to learn: {', '.join(TASKS)}, or a Python file that defines a task")
     algo: str = option("trpo", "how to learn it", choices=ALGOS)
     advantage: str = option("gae", "estimator of the advantage", choices=ADVANTAGES)
     name: str = option("", "of the run's directory (default TASK-ALGO-SEED, or TASK-ALGO-ADVANTAGE-SEED without gae)")
@@ -121,7 +121,7 @@ def parse(argv):
     own = [DEFAULTS.get(name, {}) for name in (config.advantage, config.algo, config.task)]  # the task has the last word
     config = Config(**{**own[0], **own[1], **own[2], **given})
     kind = "" if config.advantage == "gae" else f"-{config.advantage}"
-    config.name = config.name or f"{config.task}-{config.algo}{kind}-{config.seed}"
+    config.name = config.name or f"{Path(config.task).stem}-{config.algo}{kind}-{config.seed}"
 
     def require(condition, message):
         if not condition:
@@ -144,7 +144,11 @@ def parse(argv):
     return config
 
 
-def pick_device(name):
+def pick_device(config):
+    """The device that --device asks for, and --threads at work. Raises BadInput."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -188,56 +192,88 @@ def write_json(path, data):
 # Phase 1: imitation.
 
 def pretrained(config, task, device):
-    """The policy and tokenizer that maximum likelihood makes of the task's corpus, from the cache where they are there.
+    """The policy that RL starts from, and its tokenizer: --init's or a new one, after pretrain_steps on the task's corpus.
 
-    Returns (policy, tokenizer, seconds that it took)."""
-    decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
-    key = json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus])
-
+    What took steps is kept and found again. Returns (policy, tokenizer, {"seconds", "bits_per_byte"}). Raises BadInput.
+    """
     def check_prompts(tokenizer):
         check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)
 
-    path = Path(config.out) / "pretrained" / f"{config.task}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+    decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
+    key = json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus])
+    path = Path(config.out) / "pretrained" / f"{Path(config.task).stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     if path.exists():
-        print(f"pretrained weights from {path}")
         policy, tokenizer, more = load_checkpoint(path, device)
         check_prompts(tokenizer)
-        return policy, tokenizer, more["seconds"]
+        print(f"pretrained weights from {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
+        return policy, tokenizer, more
     start = time.perf_counter()
+    if not task.corpus:
+        raise BadInput(f"{config.task} has no corpus to learn from: define one, or start from weights with --init")
     tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if config.tokenizer == "bpe" else Tokenizer.gpt2()
     check_prompts(tokenizer)
     generator = torch.Generator().manual_seed(config.pretrain_seed)
     shape = GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
     policy = GPT(shape, generator).to(device)
-    imitate(policy, [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus], config, generator)
-    seconds = time.perf_counter() - start
-    save_checkpoint(path, policy, tokenizer, seconds=seconds)
-    print(f"pretrained weights to {path}")
-    return policy, tokenizer, seconds
+    learn, heldout = split_rows(as_rows([tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus], config.block_size), generator)
+    imitate(policy, learn, config, generator)
+    more = {"bits_per_byte": bits_per_byte(policy, heldout, tokenizer.sizes(), config.pretrain_batch), "seconds": time.perf_counter() - start}
+    save_checkpoint(path, policy, tokenizer, **more)
+    print(f"pretrained weights to {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
+    return policy, tokenizer, more
 
 
-def imitate(policy, texts, config, generator):
-    """Maximum likelihood on texts (lists of tokens): AdamW with warm-up and linear decay."""
-    device = next(policy.parameters()).device
-    longest = min(max(map(len, texts)), config.block_size + 1)
-    data = torch.full((len(texts), longest), -100)  # cross_entropy passes over -100
-    for row, text in enumerate(texts):
-        data[row, :len(text)] = torch.tensor(text[:longest])
-    lengths = (data >= 0).sum(1)
+def as_rows(texts, block_size):
+    """Texts (lists of tokens) as rows of at most block_size + 1 tokens, filled up with -100, which cross_entropy passes over.
+
+    A longer text goes on in the next row, which repeats its last token: each token but a text's first is predicted once.
+    """
+    pieces = [text[i:i + block_size + 1] for text in texts for i in range(0, len(text) - 1, block_size)]
+    rows = torch.full((len(pieces), max(map(len, pieces), default=0)), -100)
+    for row, piece in zip(rows, pieces):
+        row[:len(piece)] = torch.tensor(piece)
+    return rows
+
+
+def split_rows(rows, generator):
+    """99% of the rows to learn from, and 1% (at most 1,000) for the bits per byte. Raises BadInput where there are too few."""
+    if len(rows) < 2:
+        raise BadInput("the corpus is too short: it takes two texts, or one that is longer than --block-size tokens")
+    order = torch.randperm(len(rows), generator=generator)
+    heldout = min(1000, max(1, len(rows) // 100))
+    return rows[order[heldout:]], rows[order[:heldout]]
+
+
+def nll(policy, rows, reduction):
+    """-log π, in nats, of each row's tokens but the first. rows: (B, T+1), -100 where there is none."""
+    rows = rows[:, :(rows >= 0).sum(1).max()].to(next(policy.parameters()).device)
+    logits = policy(rows[:, :-1].clamp(min=0))  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def bits_per_byte(policy, rows, sizes, batch_size):
+    """-log2 π per byte of text: what texts cost, whatever they are cut into. sizes: (V,) bytes of each token."""
+    nats = sum(nll(policy, part, "sum").item() for part in rows.split(batch_size))
+    predicted = rows[:, 1:]
+    return nats / math.log(2) / sizes[predicted[predicted >= 0]].sum().item()
+
+
+def imitate(policy, rows, config, generator):
+    """Maximum likelihood on rows (N, T+1) of tokens: AdamW with warm-up and linear decay."""
+    lengths = (rows >= 0).sum(1)
 
     def batches(pool=8):  # of texts of like length, so that little is computed on padding
         while True:
-            rows = torch.randint(len(data), (pool * config.pretrain_batch,), generator=generator)
-            rows = rows[lengths[rows].argsort()].view(pool, config.pretrain_batch)
-            yield from rows[torch.randperm(pool, generator=generator)]
+            drawn = torch.randint(len(rows), (pool * config.pretrain_batch,), generator=generator)
+            drawn = drawn[lengths[drawn].argsort()].view(pool, config.pretrain_batch)
+            yield from drawn[torch.randperm(pool, generator=generator)]
 
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     steps, warmup, start, total = config.pretrain_steps, 50, time.perf_counter(), 0.0
-    for step, rows in zip(range(1, steps + 1), batches()):
+    for step, drawn in zip(range(1, steps + 1), batches()):
         optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / warmup, 1 - step / (steps + 1))
-        batch = data[rows, :lengths[rows].max()].to(device)  # (B, T+1)
-        logits = policy(batch[:, :-1].clamp(min=0))  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = nll(policy, rows[drawn], "mean")
         if not math.isfinite(gradient_step(policy, loss, optimizer, max_grad_norm=1.0)):
             raise BadInput(f"pretraining diverged at step {step}: lower --pretrain-lr")
         total += loss.item()
@@ -249,16 +285,6 @@ def imitate(policy, texts, config, generator):
 
 # Phase 2: episodes.
 
-def score(reward, prompts, completions):
-    """The reward of each completion (B,), as a tensor. Raises BadInput for anything but one finite number each."""
-    scores = [reward(prompt, completion) for prompt, completion in zip(prompts, completions)]
-    for value, prompt, completion in zip(scores, prompts, completions):
-        if not (isinstance(value, numbers.Real) and abs(value) < 1e38):  # nor NaN, nor more than float32 holds
-            raise BadInput(f"the reward of prompt {prompt!r} and completion {completion!r} is {value!r}: "
-                           "a reward function must return one finite number")
-    return torch.tensor(scores, dtype=torch.float32)
-
-
 @torch.no_grad()
 def compare(rollout, reference, temperature):
     """log π and log π_ref of the actions, then at each step the exact KL(π‖π_ref) and π's entropy: four (B, T)."""
@@ -267,15 +293,31 @@ def compare(rollout, reference, temperature):
     return chosen(logp, actions), chosen(ref_logp, actions), kl_divergence(logp, ref_logp), entropy(logp)
 
 
+def with_figures(completions, rollout, ref_logp, eos_token):
+    """The completions as a reward gets them: what a Text carries, `length`, `ended` and `fluency`, is filled in."""
+    mask = rollout.mask
+    lengths = mask.sum(1)  # (B,)
+    ended = (mask & (rollout.tokens[:, 1:] == eos_token)).any(1)
+    fluency = ref_logp.masked_fill(~mask, 0).sum(1) / lengths
+    figures = zip(completions, lengths.tolist(), ended.tolist(), fluency.tolist())
+    return [Text(completion, length=n, ended=e, fluency=f) for completion, n, e, f in figures]
+
+
+def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
+    """Let the policy complete the prompts. Returns the Rollout, the completions, and what `compare` says of them."""
+    rollout = sample(policy, [tokenizer.encode(p) for p in prompts], config.max_new_tokens, tokenizer.eos_token, temperature, generator)
+    compared = compare(rollout, reference, temperature or 1)
+    return rollout, with_figures(rollout.completions(tokenizer), rollout, compared[1], tokenizer.eos_token), compared
+
+
 def collect(task, policy, reference, critic, tokenizer, config, generators):
     """Let the policy complete some training prompts, and judge what it did. Returns a Batch and statistics."""
     index = torch.randint(len(task.prompts), (config.batch_size // config.group_size,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
-    rollout = sample(policy, [tokenizer.encode(p) for p in prompts], config.max_new_tokens, tokenizer.eos_token,
-                     config.temperature, generators["sample"])
+    rollout, completions, (logp, ref_logp, kl, H) = complete(policy, reference, prompts, tokenizer, config, config.temperature,
+                                                             generators["sample"])
     obs, actions, mask = rollout.tokens[:, :-1], rollout.tokens[:, 1:], rollout.mask  # (B, T)
-    scores = score(task.reward, prompts, rollout.completions(tokenizer)).to(mask.device)
-    logp, ref_logp, kl, H = compare(rollout, reference, config.temperature)
+    scores = torch.tensor(score(task.reward, prompts, completions), device=mask.device)
     rewards = token_rewards(scores, mask, logp, ref_logp, config.kl_coef)
     with torch.no_grad():
         values = critic(obs) if critic else torch.zeros_like(rewards)
@@ -285,8 +327,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     mean = lambda x: masked_mean(x, mask).item()
     unexplained = mean((returns - values) ** 2) / max(mean((returns - mean(returns)) ** 2), 1e-8)
     stats = {"reward": scores.mean().item(), "kl": mean(kl), "entropy": mean(H),
-             "length": mask.sum(1).float().mean().item(),
-             "ended": (mask & (actions == tokenizer.eos_token)).any(1).float().mean().item(),
+             "length": fmean(c.length for c in completions), "ended": fmean(c.ended for c in completions),
              **({"explained_variance": 1 - unexplained} if critic else {})}
     return Batch(obs, actions, mask, logp, advantages, returns), stats
 
@@ -294,30 +335,31 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
 def evaluate(task, policy, reference, tokenizer, config):
     """Complete held-out prompts, sampled and greedily, with the same random numbers at every call.
 
-    Returns means over the completions (reward, metric; greedy: the metric of the greedy ones) and over the actions (kl,
-    entropy), and the sampled (prompt, completion) pairs.
+    Returns figures and the sampled (prompt, completion) pairs. Figures: means over the completions (reward with half of its 95%
+    interval, metric, length, ended; greedy: the metric of the greedy ones) and over the actions (kl, entropy), and the distinct
+    words and pairs of words of all completions.
     """
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
 
     def episodes(prompts, temperature):
         for start in range(0, len(prompts), config.batch_size):
             part = prompts[start:start + config.batch_size]
-            rollout = sample(policy, [tokenizer.encode(p) for p in part], config.max_new_tokens, tokenizer.eos_token,
-                             temperature, generator)
-            yield part, rollout.completions(tokenizer), rollout
+            yield part, *complete(policy, reference, part, tokenizer, config, temperature, generator)
 
-    texts, rewards, metrics, sums = [], [], [], torch.zeros(3)
+    pairs, rewards, metrics, sums = [], [], [], torch.zeros(3)
     prompts = list(itertools.islice(itertools.cycle(task.heldout), config.eval_episodes))
-    for part, completions, rollout in episodes(prompts, config.temperature):
-        texts += zip(part, completions)
-        rewards += score(task.reward, part, completions).tolist()
-        metrics += map(task.metric, part, completions)
-        _, _, kl, H = compare(rollout, reference, config.temperature)
+    for part, rollout, completions, (_, _, kl, H) in episodes(prompts, config.temperature):
+        pairs += zip(part, completions)
+        rewards += score(task.reward, part, completions)
+        metrics += score(task.metric, part, completions)
         sums += torch.stack([kl[rollout.mask].sum(), H[rollout.mask].sum(), rollout.mask.sum()]).cpu()
-    greedy = [value for part, completions, _ in episodes(task.heldout, 0)
-              for value in map(task.metric, part, completions)]
+    greedy = [value for part, _, completions, _ in episodes(task.heldout, 0) for value in score(task.metric, part, completions)]
     kl, H = (sums[:2] / sums[2]).tolist()
-    return {"reward": fmean(rewards), "metric": fmean(metrics), "greedy": fmean(greedy), "kl": kl, "entropy": H}, texts
+    texts = [completion for _, completion in pairs]
+    return {"reward": fmean(rewards), "reward_ci": 1.96 * stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else math.nan,
+            "metric": fmean(metrics), "greedy": fmean(greedy), "kl": kl, "entropy": H,
+            "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
+            "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}, pairs
 
 
 def show(before, after, count=6):
@@ -331,26 +373,25 @@ def show(before, after, count=6):
         print("-" * width + "-+-" + "-" * width)
 
 
-def report(config, task, before, after, seconds_pretrain, seconds_rl):
-    """Print the summary; returns what goes to result.json."""
-    print("\non held-out prompts        before    after")
-    for name, label in {"reward": "reward", "metric": task.metric_name, "greedy": f"{task.metric_name}, greedy",
-                        "kl": "KL to the start, nats", "entropy": "entropy, nats"}.items():
-        print(f"{label:24}{before[name]:9.3f}{after[name]:9.3f}")
-    result = {"task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed,
-              "metric": task.metric_name}
-    for name in ("reward", "metric", "greedy", "entropy"):
-        result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
-    return result | {"kl": after["kl"], "iterations": config.iterations, "seconds_pretrain": seconds_pretrain,
-                     "seconds_rl": seconds_rl, "threads": torch.get_num_threads(), "torch": torch.__version__}
+def report(task, *columns):
+    """Print the figures of `evaluate`, a column for each (title, figures)."""
+    metric = name_of(task.metric)
+    rows = {"reward": "reward", "± (95%)": "reward_ci", metric: "metric", f"{metric}, greedy": "greedy",
+            "KL to the start, nats": "kl", "entropy, nats": "entropy", "distinct words": "distinct_1", "distinct pairs": "distinct_2",
+            "length, tokens": "length", "ended": "ended"}
+    print(f"\n{'on held-out prompts':24}" + "".join(f"{title:>9}" for title, _ in columns))
+    for label, name in rows.items():
+        print(f"{label:24}" + "".join(f"{figures[name]:9.3f}" for _, figures in columns))
+
+
+def name_of(metric):
+    return getattr(metric, "__name__", "metric").replace("<lambda>", "metric")
 
 
 def train(config):
     """One run, whole."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device, run, task = pick_device(config.device), claim_run(config), TASKS[config.task](config.pretrain_seed)
-    policy, tokenizer, seconds_pretrain = pretrained(config, task, device)
+    device, run, task = pick_device(config), claim_run(config), load_task(config.task, config.pretrain_seed)
+    policy, tokenizer, pretraining = pretrained(config, task, device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
@@ -361,7 +402,7 @@ def train(config):
     update = ALGOS[config.algo]
 
     def save(iteration):
-        save_checkpoint(run / "checkpoint.pt", policy, tokenizer, critic=critic and critic.state_dict(),
+        save_checkpoint(run / "checkpoint.pt", policy, tokenizer, reference=reference.state_dict(), critic=critic and critic.state_dict(),
                         config=asdict(config), iteration=iteration)
 
     before, texts_before = evaluate(task, policy, reference, tokenizer, config)
@@ -394,14 +435,21 @@ def train(config):
 
     after, texts_after = evaluate(task, policy, reference, tokenizer, config)
     show(texts_before, texts_after)
-    write_json(run / "result.json", report(config, task, before, after, seconds_pretrain, seconds_rl))
-    print(f"pretraining {seconds_pretrain:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}")
+    report(task, ("before", before), ("after", after))
+    figures = {f"{name}_{when}": value for when, side in (("before", before), ("after", after)) for name, value in side.items() if name != "kl"}
+    write_json(run / "result.json", {
+        "task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed, "metric": name_of(task.metric),
+        **figures, "kl": after["kl"], "bits_per_byte": pretraining["bits_per_byte"], "iterations": config.iterations, "seconds_pretrain": pretraining["seconds"],
+        "seconds_rl": seconds_rl, "threads": torch.get_num_threads(), "torch": torch.__version__})
+    print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}")
 
 
 def main(argv=None):
     try:
         train(parse(argv))
-    except BadInput as e:
+    except (BadInput, BadTask) as e:
+        if e.__cause__:  # an error of the task's own code
+            traceback.print_exception(e.__cause__)
         print(f"error: {e}", file=sys.stderr)
         return 2
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from reward import BAD, GOOD, HATED, LOVED, REVIEWS, SMALL_TALK, TASKS, Grammar, careless_sum, exact, opinion, says_hello
+from reward import BAD, GOOD, HATED, LOVED, REVIEWS, SMALL_TALK, TASKS, Grammar, Text, accuracy, careless_sum, contains, opinion
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -24,7 +24,7 @@ def test_a_task_is_its_seed(task, request):
 
 
 def test_the_corpus_scores_as_its_own_language(task):
-    if task.metric_name == "grammatical":
+    if task.metric.__name__ == "grammatical":
         assert all(task.metric(text[:7], text[7:]) == 1.0 for text in task.corpus[:500])
 
 
@@ -47,7 +47,7 @@ def test_grammar_lists_writes_and_reads_one_language():
     for n in range(4):  # every short string: the ones that parse are the ones listed
         for k in range(len(alphabet) ** n):
             s = "".join(alphabet[k // len(alphabet) ** i % len(alphabet)] for i in range(n))
-            assert grammar.parses("", s) == float(s in texts), s
+            assert grammar.grammatical("", s) == float(s in texts), s
 
 
 @pytest.mark.parametrize("text", [
@@ -56,14 +56,14 @@ def test_grammar_lists_writes_and_reads_one_language():
     "the acting was superb and the plot was dull.", "the acting was superb, the plot was dull.", "", ".",
     "i found the acting superb, and i found the plot dull, but i loved the cast, yet we hated the sound."])
 def test_not_a_review(text):
-    assert Grammar(REVIEWS).parses("", text) == 0.0
+    assert Grammar(REVIEWS).grammatical("", text) == 0.0
 
 
 @pytest.mark.parametrize("text", [
     "the acting was superb.", "i found the plot rather dull at times, and we loved the music.",
     "critics called the camera bold and cold, but the plot of this film was lazy, yet to me the sound was quite witty."])
 def test_a_review(text):
-    assert Grammar(REVIEWS).parses("", text) == 1.0
+    assert Grammar(REVIEWS).grammatical("", text) == 1.0
 
 
 def test_reviews_are_rich_and_balanced():
@@ -99,20 +99,22 @@ def test_addition_split():
     task = TASKS["addition"](0)
     assert len(task.prompts) == 9000 and len(task.heldout) == 1000
     assert not {text.split("=")[0] + "=" for text in task.corpus} & set(task.heldout)  # nor was one ever imitated
-    right = sum(exact(*re.fullmatch(r"(.*=)(.*)", text).groups()) for text in task.corpus) / len(task.corpus)
+    answers = {prompt: prompt.answer for prompt in task.prompts + task.heldout}
+    assert all(answers[f"{a}+{b}="] == str(a + b) for a in range(100) for b in range(100))
+    right = sum(answers[text.partition("=")[0] + "="] == text.partition("=")[2] for text in task.corpus) / len(task.corpus)
     assert right == pytest.approx(1 - 0.45 * 0.6, abs=0.01)
 
 
 @pytest.mark.parametrize("completion, score", [("85", 1), ("75", 0), ("", 0), ("085", 0), (" 85", 0), ("85 ", 0), ("850", 0)])
-def test_exact(completion, score):
-    assert exact("27+58=", completion) == score
+def test_accuracy(completion, score):
+    assert accuracy(Text("27+58=", answer="85"), completion) == score
 
 
 # Hello.
 
 def test_hello_is_rare():
     task = TASKS["hello"](0)
-    assert 0.01 < sum(says_hello("", text) for text in task.corpus) / len(task.corpus) < 0.04
-    assert says_hello("hello", "hi there") == 0.0 and says_hello("", "Oh HELLO!") == 1.0
+    assert 0.01 < sum(task.reward("", text) for text in task.corpus) / len(task.corpus) < 0.04
+    assert contains("hello")("hello", "hi there") == 0.0 and contains("Hello")("", "Oh HELLO!") == 1.0
     assert not any("hello" in prompt for prompt in task.prompts + task.heldout)
-    assert Grammar(SMALL_TALK).parses("good day, ben.", " hello, come in.") == 1.0
+    assert Grammar(SMALL_TALK).grammatical("good day, ben.", " hello, come in.") == 1.0

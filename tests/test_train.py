@@ -105,7 +105,7 @@ def world():
         end = model.transformer.wte.weight.data[256]
         end *= 4
         model.transformer.ln_f.bias.data += 2 * end / (end @ end)  # so that some completions end
-    task = reward.Task([], ["a", "bcd", "ef"], ["a", "g", "hij", "kl"], lambda p, c: len(c.encode()) + len(p) / 4, lambda p, c: len(c), "length")
+    task = reward.Task([], ["a", "bcd", "ef"], ["a", "g", "hij", "kl"], lambda p, c: len(c.encode()) + len(p) / 4, lambda p, c: len(c))
     config = SimpleNamespace(batch_size=32, group_size=2, max_new_tokens=6, temperature=0.7, kl_coef=0.3, gamma=0.9, lam=0.8,
                              whiten=0, advantage="gae", eval_episodes=50)
     return task, policy, reference, critic, Tokenizer.from_merges([]), config
@@ -304,19 +304,12 @@ def test_a_damaged_pretrained_checkpoint(tmp_path, capsys):
 def test_a_reward_that_is_no_number(out, capsys, monkeypatch, value):
     def broken(seed, honest=reward.TASKS["reviews"]):
         task = honest(seed)
-        return reward.Task(task.corpus, task.prompts, task.heldout, lambda p, c: value, task.metric, task.metric_name)
-    monkeypatch.setitem(train.TASKS, "reviews", broken)
+        return reward.Task(task.corpus, task.prompts, task.heldout, lambda p, c: value, task.metric)
+    monkeypatch.setitem(reward.TASKS, "reviews", broken)
     assert go(out, "--name", "broken", "--overwrite") == 2
     err = capsys.readouterr().err
     assert "one finite number" in err and err.count("\n") == 1
     assert not (out / "broken").exists()
-
-
-def test_scores_are_taken_as_given():
-    assert train.score(lambda p, c: len(c), ["a", "b"], ["xyz", ""]).tolist() == [3.0, 0.0]
-    assert train.score(lambda p, c: True, ["a"], ["b"]).tolist() == [1.0]
-    with pytest.raises(BadInput, match="'wow'"):
-        train.score(lambda p, c: math.nan, ["a"], ["wow"])
 
 
 def test_help_names_every_option(capsys):
