@@ -1,12 +1,14 @@
 """A GPT-2 written out by hand: the policy π(token | tokens so far), and the critic V(tokens so far).
 
-Small pieces first: attention with its cache, the MLP, the block, the trunk; then the two heads, GPT and Critic.
-Module names follow OpenAI's GPT-2 release, so that its tensors can be found by name.
+Small pieces first: attention with its cache, the MLP, the block, the trunk; then the two heads, GPT and Critic. Last, GPT-2's
+weights in and out: module names follow OpenAI's release, so that its tensors are found by name.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -143,6 +145,39 @@ class GPT(nn.Module):
         c, w = self.config, self.transformer.wte.weight
         return [KVCache(batch_size, c.n_head, max_length, c.n_embd // c.n_head, w.device, w.dtype) for _ in range(c.n_layer)]
 
+    @classmethod
+    def from_gpt2(cls, path):
+        """The GPT-2 of a directory in Hugging Face's layout: config.json with pytorch_model.bin or model.safetensors.
+
+        Nothing in the files is executed. Raises ValueError, in one line, for a file that is missing or damaged, for a model that
+        is no GPT-2, and for tensors that are missing, unexpected or misshapen, each by its name.
+        """
+        config, tensors = read_gpt2(Path(path))
+        policy = cls(config)
+        expected = {name: tuple(t.shape) for name, t in gpt2_layout(policy.state_dict()).items()}
+        wrong = [f"{name} is missing" for name in expected if name not in tensors]
+        wrong += [f"{name} is unexpected" for name in tensors if name not in expected]
+        wrong += [f"{name} is {tuple(tensors[name].shape)} in place of {shape}" for name, shape in expected.items()
+                  if name in tensors and tensors[name].shape != shape]
+        if wrong:
+            raise ValueError(f"the weights in {path} do not fit its config.json: {', '.join(wrong)}")
+        policy.load_state_dict(gpt2_layout(tensors))
+        return policy
+
+    def to_gpt2(self, path, eos_token):
+        """Write the directory that `from_gpt2` and transformers' GPT2LMHeadModel.from_pretrained open. path: not yet there."""
+        c, path = self.config, Path(path)
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(GPT2 | {
+            "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_embd": c.n_embd,
+            "n_layer": c.n_layer, "n_head": c.n_head, "bos_token_id": eos_token, "eos_token_id": eos_token}, indent=2) + "\n")
+        tensors = gpt2_layout(self.state_dict())
+        try:
+            from safetensors.torch import save_file
+            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        except ImportError:
+            torch.save(tensors, path / "pytorch_model.bin")
+
 
 class Critic(nn.Module):
     """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the return expected after tokens[:, :t+1].
@@ -162,3 +197,48 @@ class Critic(nn.Module):
 
     def forward(self, tokens):
         return self.value_head(self.transformer(tokens)).squeeze(-1)
+
+
+# GPT-2's weights as Hugging Face keeps them.
+
+GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}  # what GPT is too
+
+
+def gpt2_layout(tensors):
+    """Our tensors as GPT-2 lays them out, or its tensors as ours: its linear layers hold the transpose. {name: tensor} both."""
+    embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
+    return {name: t.T.contiguous() if t.dim() == 2 and name not in embeddings else t for name, t in tensors.items()}
+
+
+def read_gpt2(path):
+    """The GPTConfig of a directory and its tensors, in GPT-2's layout by our names. Raises ValueError."""
+    file = path / "config.json"
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        config = GPTConfig(*(given[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
+        n_inner = given.get("n_inner") or 4 * config.n_embd
+        file = path / "model.safetensors"
+        if file.exists() and not (path / "pytorch_model.bin").exists():
+            from safetensors.torch import load_file
+            tensors = load_file(file)
+        else:
+            file = path / "pytorch_model.bin"
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t.float() for name, t in tensors.items()
+                   if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which some files hold too
+    except FileNotFoundError:
+        raise ValueError(f"there is no {file}: a GPT-2 is a directory with config.json and pytorch_model.bin or model.safetensors")
+    except ImportError:
+        raise ValueError(f"{file} is read by a package that is not here: pip install safetensors, or put pytorch_model.bin beside it")
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise ValueError(f"{file} is damaged or half-written: fetch it again ({type(e).__name__}: {str(e).partition(chr(10))[0]})")
+    other = [f"{name} is {given.get(name)!r}" for name, value in GPT2.items() if given.get(name, value) != value]
+    if n_inner != 4 * config.n_embd:
+        other.append(f"n_inner is {n_inner}")
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors.get("transformer.wte.weight", head)):
+        other.append("lm_head.weight is not the token embedding")
+    if other:
+        raise ValueError(f"{path} is no GPT-2 as this one is: {', '.join(other)}")
+    return config, tensors

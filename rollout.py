@@ -1,11 +1,13 @@
 """Text to tokens, tokens to episodes: the tokenizer, and `sample`, which lets a policy act.
 
-`python rollout.py runs/NAME --prompt "the acting was"` samples from a trained checkpoint.
+`python rollout.py runs/NAME --prompt "the acting was"` samples from a trained checkpoint, `--help` says what else it does.
 """
 
 import argparse
+import codecs
 import math
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,7 +101,7 @@ class Rollout:
 
     tokens: torch.Tensor  # (B, T) int64: prompt, completion with its end-of-text token, and end-of-text as filler
     mask: torch.Tensor  # (B, T-1) bool: prompt False, completion True, its end-of-text True, filler False
-    logp: torch.Tensor  # (B, T-1, V) log π(·|s) that the actions were drawn from; of no meaning where mask is False
+    logp: torch.Tensor  # (B, T-1, V) log π(·|s) when the actions were drawn; of no meaning where mask is False
 
     def completions(self, tokenizer):
         """The B completions as text, without prompt and end of text."""
@@ -110,11 +112,25 @@ class Rollout:
 def draw(logp, uniforms):
     """One token per row by inverse CDF: the first whose cumulative probability reaches the row's uniform number.
 
-    logp: (B, V) log-probabilities.  uniforms: (B,) in (0, 1], so that a token of probability zero is never drawn.
-    Returns (B,) int64. One random number per row, where torch.multinomial draws V.
+    logp: (B, V) log-probabilities, up to a constant.  uniforms: (B,) in (0, 1], so that a token of probability zero is never
+    drawn.  Returns (B,) int64. One random number per row, where torch.multinomial draws V.
     """
     cdf = logp.exp().cumsum(-1)  # (B, V)
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)  # the last entry is 1 but for rounding
+    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)
+
+
+def truncate(logp, top_k=0, top_p=1.0):
+    """logp (B, V) without its tail: -inf but for the top_k likeliest tokens (0: all) and the fewest that hold top_p together.
+
+    Top-k: Fan et al. 2018; top-p, or nucleus: Holtzman et al. 2020. For people to read; training samples from all of π.
+    """
+    ordered, index = logp.sort(-1, descending=True)
+    likelier = ordered.exp().cumsum(-1) - ordered.exp()  # (B, V) what the tokens before hold
+    keep = likelier < top_p
+    if top_k:
+        keep[:, top_k:] = False
+    keep[:, 0] = True
+    return logp.masked_fill(~keep.gather(-1, index.argsort(-1)), -math.inf)
 
 
 def check_fit(prompts, max_new_tokens, block_size):
@@ -127,12 +143,12 @@ def check_fit(prompts, max_new_tokens, block_size):
                        f"{block_size}: use a shorter prompt, a smaller --max-new-tokens or, in training, a larger --block-size")
 
 
-def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None):
+def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None, top_k=0, top_p=1.0, watch=None):
     """Let the policy complete each prompt until it chooses eos_token or has chosen max_new_tokens.
 
     policy: (tokens, cache) -> logits, with `kv_cache`.  prompts: B lists of tokens, of any lengths of at least 1.
-    temperature: divides the logits; 0 is greedy (logp is then that of temperature 1).  Returns a Rollout, cut after its
-    longest row.
+    temperature: divides the logits; 0 is greedy.  top_k, top_p: see `truncate`.  watch: called with each new column of tokens (B,).
+    Returns a Rollout, cut after its longest row; its logp is that of the temperature (greedy: of 1), also where tails were cut.
     Raises BadInput for an empty prompt or one that leaves no room in the context.
 
     Prompts stand at the left without padding. Reading begins together at the shortest prompt's end; where a prompt is longer
@@ -163,10 +179,13 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
             forced, ended = t < start[rows], t >= ends[rows]  # (rows,) still in the prompt; done, with eos_token as filler
             step_logp = (logits / (temperature or 1)).log_softmax(-1)  # (rows, V)
             logp[rows, t - 1] = step_logp
-            drawn = draw(step_logp, uniforms[rows, t]) if temperature else step_logp.argmax(-1)
+            allowed = truncate(step_logp, top_k, top_p) if top_k or top_p < 1 else step_logp
+            drawn = draw(allowed, uniforms[rows, t]) if temperature else step_logp.argmax(-1)
             choice = torch.where(forced | ended, tokens[rows, t], drawn)
             tokens[rows, t] = choice
             ends[rows] = torch.where(~forced & ~ended & (choice == eos_token), t + 1, ends[rows])
+            if watch:
+                watch(tokens[:, t])
             t += 1
             if t == T:
                 break
@@ -195,32 +214,34 @@ def write_atomically(path, write):
         write(beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as the latter
-        beside.unlink(missing_ok=True)
-        raise BadInput(f"cannot write {path}: free some space or choose another --out ({e})")
+        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+        raise BadInput(f"cannot write {path}: free some space or choose another place ({e})")
 
 
 def save_checkpoint(path, policy, tokenizer, **more):
-    """Write what `load_checkpoint` reads."""
+    """Write what `load_checkpoint` reads. more: `reference`, the state_dict of another policy of that shape, and plain data."""
     state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state(), **more}
     write_atomically(path, lambda beside: torch.save(state, beside))
 
 
 def load_checkpoint(path, device="cpu"):
-    """What `save_checkpoint` wrote: (policy, tokenizer, {…everything else}). Nothing in the file is executed.
+    """What `save_checkpoint` wrote: (policy, reference, tokenizer, {…everything else}). Nothing in the file is executed.
 
-    path: the file, or a run's directory.  Raises BadInput where it is missing, damaged or inconsistent.
+    path: the file, or a run's directory.  The reference is the policy itself where none was saved.  Raises BadInput where the
+    file is missing, damaged or inconsistent.
     """
     try:
         path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
         state = torch.load(path, map_location=device, weights_only=True)
-        policy = GPT(GPTConfig(**state.pop("model"))).to(device)
-        policy.load_state_dict(state.pop("policy"))
-        tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
-        if tokenizer.vocab_size != policy.config.vocab_size:
+        config, tokenizer, weights = GPTConfig(**state.pop("model")), Tokenizer.from_state(state.pop("tokenizer")), state.pop("policy")
+        policy, reference = GPT(config).to(device), GPT(config).to(device)
+        policy.load_state_dict(weights)
+        reference.load_state_dict(state.pop("reference", weights))
+        if tokenizer.vocab_size != config.vocab_size:
             raise ValueError("the tokenizer is not this model's")
-        return policy, tokenizer, state
+        return policy, reference, tokenizer, state
     except BadInput:
         raise
     except OSError as e:
@@ -229,37 +250,122 @@ def load_checkpoint(path, device="cpu"):
         raise BadInput(f"{path} is damaged or no checkpoint of ours: give another, or train it again ({type(e).__name__})")
 
 
+def is_gpt2(init):
+    """Whether `load_weights` takes this for a GPT-2, not for a checkpoint of ours."""
+    return init == "gpt2" if not Path(init).is_dir() else not (Path(init) / "checkpoint.pt").exists()
+
+
+def load_weights(init, device="cpu"):
+    """The (policy, tokenizer) to start from. init: a run, a checkpoint, a directory with a GPT-2, or gpt2, which is fetched.
+
+    Raises BadInput.
+    """
+    if not is_gpt2(init):
+        policy, _, tokenizer, _ = load_checkpoint(init, device)
+        return policy, tokenizer
+    path = Path(init) if Path(init).is_dir() else fetch_gpt2()
+    try:
+        policy = GPT.from_gpt2(path)
+    except ValueError as e:
+        raise BadInput(f"{e}")
+    tokenizer = Tokenizer.gpt2()
+    if policy.config.vocab_size != tokenizer.vocab_size:
+        raise BadInput(f"the {policy.config.vocab_size} tokens of {path} are not the {tokenizer.vocab_size} of GPT-2: only its own vocabulary is known here")
+    return policy.to(device), tokenizer
+
+
+def fetch_gpt2():
+    """The directory with GPT-2's smallest model, 0.5 GB, fetched once. Raises BadInput."""
+    source, folder = "https://huggingface.co/openai-community/gpt2/resolve/main", Path(torch.hub.get_dir()) / "gpt2"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "pytorch_model.bin"):
+            if not (folder / name).exists():
+                torch.hub.download_url_to_file(f"{source}/{name}", str(folder / name))
+    except Exception as e:  # whatever a network can raise
+        raise BadInput(f"cannot fetch GPT-2: download {source}/config.json and {source}/pytorch_model.bin into {folder}, "
+                       f"or give --init a directory that has them ({type(e).__name__})")
+    return folder
+
+
 # Talking to the result.
+
+def explain(rollout, row, reference, tokenizer, temperature):
+    """A line per chosen token: its probability under the policy that chose it and under the reference, at the same temperature."""
+    with torch.no_grad():
+        ref_logp = (reference(rollout.tokens[row:row + 1, :-1]) / (temperature or 1)).log_softmax(-1)[0]  # (T-1, V)
+    steps = rollout.mask[row].nonzero().squeeze(-1)
+    actions = rollout.tokens[row, steps + 1]
+    p, q = rollout.logp[row, steps, actions], ref_logp[steps, actions]  # (T',)
+    lines = ["  policy  reference  token"]
+    lines += [f"{a:8.4f}  {b:9.4f}  {tokenizer.decode([t]) if t != tokenizer.eos_token else '<|endoftext|>'!r}"
+              for a, b, t in zip(p.exp().tolist(), q.exp().tolist(), actions.tolist())]
+    return "\n".join(lines + [f"log-probability {p.sum().item():.2f} under the policy, {q.sum().item():.2f} under the reference, in nats"])
+
+
+def talk(prompt, policy, reference, tokenizer, args, temperature, generator):
+    """Print args.n completions of the prompt; on a terminal the first of them as it comes."""
+    tokens = tokenizer.encode(prompt)
+    room = args.max_new_tokens or max(1, policy.config.block_size - len(tokens))
+    check_fit([tokens], room, policy.config.block_size)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+    stream = sys.stdout.isatty()
+
+    def watch(column):
+        if column[0] != tokenizer.eos_token:
+            print(decoder.decode(tokenizer.encoding.decode_single_token_bytes(int(column[0]))), end="", flush=True)
+
+    if stream:
+        print(prompt, end="", flush=True)
+    rollout = sample(policy, [tokens] * args.n, room, tokenizer.eos_token, temperature, generator, args.top_k, args.top_p, watch if stream else None)
+    for row, completion in enumerate(rollout.completions(tokenizer)):
+        print(decoder.decode(b"", True) if stream and row == 0 else prompt + completion)
+        if args.logprobs:
+            print(explain(rollout, row, reference, tokenizer, temperature))
 
 
 def main(argv=None):
     parser = ArgumentParser(description="Sample completions from a trained policy.")
-    parser.add_argument("run", help="a run's directory, as in runs/NAME")
-    parser.add_argument("--prompt", required=True, help="the text to complete, without a space at its end")
-    parser.add_argument("-n", type=int, default=4, help="completions (default 4)")
-    parser.add_argument("--max-new-tokens", type=int,
-                        help="longest completion, tokens (default: what the context holds)")
-    parser.add_argument("--temperature", type=float, help="divides the logits; 0 is greedy (default: as it was trained)")
+    parser.add_argument("run", help="a run's directory, as in runs/NAME, or a checkpoint")
+    parser.add_argument("--prompt", help="the text to complete, without a space at its end (default: each line of standard input)")
+    parser.add_argument("-n", type=int, default=4, help="completions of each prompt (default 4)")
+    parser.add_argument("--max-new-tokens", type=int, help="longest completion, tokens (default: what the context holds)")
+    parser.add_argument("--temperature", type=float, help="divides the logits (default: as it was trained)")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token at each step")
+    parser.add_argument("--top-k", type=int, default=0, help="only among the K likeliest tokens (default 0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="only among the fewest tokens that hold this probability (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
+    parser.add_argument("--logprobs", action="store_true", help="each token's probability, and what it was before the RL")
+    parser.add_argument("--export", metavar="DIR", help="write the weights as a directory for transformers' GPT2LMHeadModel, and end")
     try:
         args = parser.parse_args(argv)
         if min(args.n, 1 if args.max_new_tokens is None else args.max_new_tokens) < 1:
             raise BadInput("-n and --max-new-tokens must be at least 1")
-        if not 0 <= args.seed < 2 ** 63:
-            raise BadInput("--seed must be at least 0 and below 2**63")
-        policy, tokenizer, more = load_checkpoint(args.run)
-        temperature = args.temperature if args.temperature is not None else more.get("config", {}).get("temperature", 1.0)
-        if not (temperature == 0 or 1e-3 <= temperature < math.inf):
-            raise BadInput("--temperature must be 0 (greedy) or at least 0.001")
-        prompt = tokenizer.encode(args.prompt)
-        room = args.max_new_tokens or max(1, policy.config.block_size - len(prompt))
+        if not (0 <= args.seed < 2 ** 63 and args.top_k >= 0 and 0 < args.top_p <= 1):
+            raise BadInput("--seed must be at least 0 and below 2**63, --top-k at least 0, --top-p above 0 and at most 1")
+        if args.temperature is not None and (args.greedy or not 1e-3 <= args.temperature < math.inf):
+            raise BadInput("--temperature must be at least 0.001, and has no meaning with --greedy")
+        policy, reference, tokenizer, more = load_checkpoint(args.run)
+        if args.export:
+            if Path(args.export).exists():
+                raise BadInput(f"{args.export} exists: give another directory to --export")
+            write_atomically(Path(args.export), lambda beside: policy.to_gpt2(beside, tokenizer.eos_token))
+            return
+        temperature = 0 if args.greedy else args.temperature or more.get("config", {}).get("temperature", 1.0)
         generator = torch.Generator().manual_seed(args.seed)
-        rollout = sample(policy, [prompt] * args.n, room, tokenizer.eos_token, temperature, generator)
-        for completion in rollout.completions(tokenizer):
-            print(args.prompt + completion)
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        prompts = [args.prompt] if args.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+        for prompt in prompts:
+            talk(prompt, policy, reference, tokenizer, args, temperature, generator)
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except UnicodeDecodeError:
+        print("error: standard input is not UTF-8 text", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read this has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ from algos import (Batch, chosen, entropy, fit_critic, gradient_step, kl_diverge
                    trpo)
 from model import GPT, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, distinct_n, load_task, score
-from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, load_checkpoint, sample, save_checkpoint,
-                     write_atomically)
+from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, is_gpt2, load_checkpoint, load_weights, sample,
+                     save_checkpoint, write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
 
-# Options that differ by task, algorithm or advantage.
+# Options that differ by advantage, algorithm, task or the weights of --init.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
@@ -43,6 +43,8 @@ DEFAULTS = {
     "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8, pretrain_steps=3000, pretrain_batch=128,
                      pretrain_lr=3e-3, kl_coef=0.01, iterations=150, group_size=1, lr=1e-4, damping=1.0),
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
+    "init": dict(pretrain_steps=0),
+    "init gpt2": dict(pretrain_steps=0, pretrain_batch=8, pretrain_lr=1e-4, batch_size=16, lr=1e-5, critic_lr=1e-4, eval_episodes=64),
 }
 
 
@@ -63,6 +65,7 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
     # the model and its pretraining
+    init: str = option("", "weights to start from: a run, a checkpoint, a directory with a GPT-2, or gpt2 (downloads 0.5 GB)")
     pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0, 10 ** 9)
     tokenizer: str = option("bpe", "bpe learned from the corpus, or GPT-2's", choices=("bpe", "gpt2"))
     vocab_size: int = option(512, "tokens in the learned vocabulary", 257)
@@ -102,10 +105,11 @@ class Config:
     save_every: int = option(20, "iterations between checkpoints", 1)
 
 
-def parse(argv):
-    """The command line as a Config; what it leaves open comes from DEFAULTS, then from the fields. Raises BadInput."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="Where several defaults apply, the task's comes "
-                            "before the algorithm's, the algorithm's before the advantage's, and any of them before the first.")
+def command_line(argv):
+    """What the command line gives, {option: value}; "eval" among them is not of Config. Raises BadInput."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="Where several defaults apply, those of --init come before "
+                            "the task's, then the algorithm's, the advantage's, and the first.")
+    parser.add_argument("--eval", metavar="RUN", help="train nothing: print the held-out figures of a run or checkpoint")
     for f in fields(Config):
         flag, help, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
         if f.type is bool:
@@ -116,13 +120,30 @@ def parse(argv):
         parser.add_argument(flag, type=f.type, choices=choices and list(choices),
                             metavar=None if choices else f.type.__name__.upper(),
                             help=help + (f" (default {default})" if default else ""))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    config = Config(**given)
-    own = [DEFAULTS.get(name, {}) for name in (config.advantage, config.algo, config.task)]  # the task has the last word
-    config = Config(**{**own[0], **own[1], **own[2], **given})
-    kind = "" if config.advantage == "gae" else f"-{config.advantage}"
-    config.name = config.name or f"{Path(config.task).stem}-{config.algo}{kind}-{config.seed}"
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
+
+def configure(given):
+    """The Config of a run. What is not given comes from DEFAULTS, then from the fields. Raises BadInput."""
+    first = Config(**given)
+    if first.init:
+        fixed = [name for name in ("tokenizer", *GPTConfig.__dataclass_fields__) if name in given]
+        if fixed:
+            raise BadInput(f"--{fixed[0].replace('_', '-')} comes with the weights of --init: leave it out")
+    weights = first.init and ("init gpt2" if is_gpt2(first.init) else "init")
+    own = {}
+    for name in (first.advantage, first.algo, first.task, weights):  # the last has the last word
+        own |= DEFAULTS.get(name, {})
+    config = Config(**{**own, **given})
+    kind = "" if config.advantage == "gae" else f"-{config.advantage}"
+    if config.task not in TASKS and Path(config.task).is_file():
+        config.task = str(Path(config.task).resolve())
+    config.name = config.name or f"{Path(config.task).stem}-{config.algo}{kind}-{config.seed}"
+    return checked(config)
+
+
+def checked(config):
+    """The config, if its values can be. Raises BadInput."""
     def require(condition, message):
         if not condition:
             raise BadInput(message)
@@ -194,31 +215,42 @@ def write_json(path, data):
 def pretrained(config, task, device):
     """The policy that RL starts from, and its tokenizer: --init's or a new one, after pretrain_steps on the task's corpus.
 
-    What took steps is kept and found again. Returns (policy, tokenizer, {"seconds", "bits_per_byte"}). Raises BadInput.
+    What took steps is kept and found again. The config's sizes become those of --init's weights.
+    Returns (policy, tokenizer, {"seconds", "bits_per_byte"}). Raises BadInput.
     """
     def check_prompts(tokenizer):
         check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)
 
+    policy, tokenizer, weights = None, None, ""
+    if config.init:
+        policy, tokenizer = load_weights(config.init, device)
+        vars(config).update(asdict(policy.config), tokenizer="bpe" if tokenizer.merges is not None else "gpt2")
+        check_prompts(tokenizer)
+        if not config.pretrain_steps:
+            return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
+        weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in policy.state_dict().values())).hexdigest()
     decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
-    key = json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus])
+    key = json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus, weights])
     path = Path(config.out) / "pretrained" / f"{Path(config.task).stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     if path.exists():
-        policy, tokenizer, more = load_checkpoint(path, device)
+        policy, _, tokenizer, more = load_checkpoint(path, device)
         check_prompts(tokenizer)
         print(f"pretrained weights from {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
         return policy, tokenizer, more
     start = time.perf_counter()
     if not task.corpus:
         raise BadInput(f"{config.task} has no corpus to learn from: define one, or start from weights with --init")
-    tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if config.tokenizer == "bpe" else Tokenizer.gpt2()
-    check_prompts(tokenizer)
     generator = torch.Generator().manual_seed(config.pretrain_seed)
-    shape = GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
-    policy = GPT(shape, generator).to(device)
-    learn, heldout = split_rows(as_rows([tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus], config.block_size), generator)
+    if policy is None:
+        tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if config.tokenizer == "bpe" else Tokenizer.gpt2()
+        check_prompts(tokenizer)
+        config.vocab_size = tokenizer.vocab_size
+        policy = GPT(GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd), generator).to(device)
+    texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
+    learn, heldout = split_rows(as_rows(texts, config.block_size), generator)
     imitate(policy, learn, config, generator)
     more = {"bits_per_byte": bits_per_byte(policy, heldout, tokenizer.sizes(), config.pretrain_batch), "seconds": time.perf_counter() - start}
-    save_checkpoint(path, policy, tokenizer, **more)
+    save_checkpoint(path, policy, tokenizer, config=asdict(config), **more)
     print(f"pretrained weights to {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, more
 
@@ -379,7 +411,7 @@ def report(task, *columns):
     rows = {"reward": "reward", "± (95%)": "reward_ci", metric: "metric", f"{metric}, greedy": "greedy",
             "KL to the start, nats": "kl", "entropy, nats": "entropy", "distinct words": "distinct_1", "distinct pairs": "distinct_2",
             "length, tokens": "length", "ended": "ended"}
-    print(f"\n{'on held-out prompts':24}" + "".join(f"{title:>9}" for title, _ in columns))
+    print(f"\n{'on held-out prompts':24}" + "".join(f"{title:>9}" for title, _ in columns).rstrip())
     for label, name in rows.items():
         print(f"{label:24}" + "".join(f"{figures[name]:9.3f}" for _, figures in columns))
 
@@ -444,9 +476,34 @@ def train(config):
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}")
 
 
+def look(run, given):
+    """Print the held-out figures of a run or checkpoint. given: what the command line says beside --eval."""
+    takes = ("task", "eval_episodes", "batch_size", "max_new_tokens", "temperature", "device", "threads")
+    for name in given:
+        if name not in takes:
+            raise BadInput(f"--{name.replace('_', '-')} has no meaning for --eval: it takes --" + ", --".join(takes).replace("_", "-"))
+    policy, reference, tokenizer, more = load_checkpoint(run)
+    try:
+        config = checked(Config(**{**more["config"], **given}))
+    except (KeyError, TypeError):
+        raise BadInput(f"{run} says nothing of its task that this version understands: give a run's directory, as in runs/NAME")
+    if config.task not in TASKS and "task" not in given:  # a checkpoint's word is not enough to execute a file
+        raise BadInput(f"{run} was trained on a task of its own: add --task {config.task} to execute that file")
+    device, task = pick_device(config), load_task(config.task, config.pretrain_seed)
+    policy, reference = policy.to(device), reference.to(device)
+    check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)
+    figures, pairs = evaluate(task, policy, reference, tokenizer, config)
+    for prompt, completion in pairs[:6]:
+        print(prompt + completion)
+    report(task, ("", figures))
+    print(f"{config.eval_episodes} sampled completions of {len(task.heldout)} held-out prompts, at temperature {config.temperature}")
+
+
 def main(argv=None):
     try:
-        train(parse(argv))
+        given = command_line(argv)
+        run = given.pop("eval", None)
+        look(run, given) if run else train(configure(given))
     except (BadInput, BadTask) as e:
         if e.__cause__:  # an error of the task's own code
             traceback.print_exception(e.__cause__)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import algos
 import train
 from algos import Batch, chosen, fisher_vector_product, flatten, log_probs
-from model import GPT, Critic, GPTConfig
+from model import GPT, Critic, GPTConfig, gpt2_layout
 from reward import TASKS, Task
 from rollout import Tokenizer, sample
 
@@ -137,8 +137,8 @@ def fisher():
 # Whole updates.
 
 def updates():
-    config, rows = train.parse(["--target-kl", "1000"]), []  # so that PPO takes all its steps
-    all_episodes = train.parse(["--fisher-fraction", "1"])
+    config, rows = train.configure({"target_kl": 1000.0}), []  # so that PPO takes all its steps
+    all_episodes = train.configure({"fisher_fraction": 1.0})
     for size in SIZES:
         policy, batch = make(size)
 
@@ -184,7 +184,7 @@ def timed(*functions):
 
 def iteration():
     """REINFORCE with the leave-one-out baseline on addition: a policy that has learned in 300 steps how long its answers are."""
-    config = train.parse("--task addition --algo reinforce --advantage rloo --group-size 4 --pretrain-steps 300".split())
+    config = train.configure(dict(task="addition", algo="reinforce", advantage="rloo", group_size=4, pretrain_steps=300))
     task = TASKS["addition"](0)
     with tempfile.TemporaryDirectory() as config.out, contextlib.redirect_stdout(io.StringIO()):
         policy, tokenizer, _ = train.pretrained(config, task, torch.device("cpu"))
@@ -228,12 +228,6 @@ def sampling():
     return show("Sampling, beside one forward pass over the finished episodes", rows)
 
 
-def gpt2_state(policy):
-    """The policy's weights as transformers' GPT2LMHeadModel names and lays them out: its linear layers hold the transpose."""
-    embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
-    return {name: p.T if p.dim() == 2 and name not in embeddings else p for name, p in policy.state_dict().items()}
-
-
 def gpt2_of_transformers(policy):
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -242,7 +236,7 @@ def gpt2_of_transformers(policy):
     c = policy.config
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
                                         bos_token_id=None, eos_token_id=None)).eval()
-    theirs.load_state_dict(gpt2_state(policy), strict=False)  # the head is tied
+    theirs.load_state_dict(gpt2_layout(policy.state_dict()), strict=False)  # the head is tied
     return theirs
 
 
@@ -289,10 +283,10 @@ def by_operator(events):
 
 def one_iteration(batch_size, length, n_layer, n_head, n_embd):
     """Seconds of the second of two default TRPO iterations, its critic's fit included, and MiB of peak above the start of both."""
-    config = train.parse(["--batch-size", str(batch_size), "--max-new-tokens", str(length - 1), "--block-size", str(length)])
+    config = train.configure(dict(batch_size=batch_size, max_new_tokens=length - 1, block_size=length))
     tokenizer = Tokenizer.from_merges([])
     policy = GPT(GPTConfig(256, length, n_layer, n_head, n_embd))  # has no end-of-text token, so all episodes are of full length
-    task = Task([], ["a"], ["a"], lambda prompt, completion: completion.count("e"), None, "")
+    task = Task([], ["a"], ["a"], lambda prompt, completion: completion.count("e"), None)
     before = high_water()
     reference, critic = copy.deepcopy(policy).requires_grad_(False), Critic(policy.config, policy)
     optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
