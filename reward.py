@@ -96,7 +96,7 @@ def load_task(name, seed):
     sys.path.append(str(path.resolve().parent))  # so that it can import what lies beside it
     try:
         names = runpy.run_path(str(path))
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         lines = [getattr(e, "lineno", None)] + [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
         raise BadTask(f"{name}, line {lines[-1] or lines[0]}: {one_line(e)}")
 
@@ -109,7 +109,7 @@ def load_task(name, seed):
 
     missing = [field for field in ("prompts", "heldout", "reward") if field not in names]
     if missing:
-        raise BadTask(f"{name} lacks {' and '.join(missing)}: a task defines corpus, prompts, heldout, reward and, optionally, metric")
+        raise BadTask(f"{name} lacks {', '.join(missing)}: a task defines corpus, prompts, heldout, reward and, optionally, metric")
     task = Task(texts("corpus"), texts("prompts"), texts("heldout"), names["reward"], names.get("metric", names["reward"]))
     if not (callable(task.reward) and callable(task.metric)):
         raise BadTask(f"{name}: reward and metric must be functions of a prompt and a completion")

@@ -19,8 +19,9 @@ import torch
 from model import GPT, GPTConfig
 
 
-# GPT-2's split of a text into words: contractions, then letters, digits or signs with the space before them, then spaces.
-SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's split of a text into words: contractions, then letters, digits or signs with the space before them, then spaces. But a
+# Chinese character is a word: no token goes beyond it, and a prompt may end after any.
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class BadInput(ValueError):
@@ -56,15 +57,21 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts, vocab_size, sample_bytes=20_000):
-        """Learn vocab_size tokens (256 bytes, merges, the end of text) from a spread of the texts. Raises BadInput."""
+        """Learn at most vocab_size ≥ 257 tokens (256 bytes, merges, the end of text) from a spread of the texts.
+
+        Where there is too little to merge, the number of merges is halved until there is enough.
+        """
         pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
         stride = max(1, sum(map(len, texts)) // sample_bytes)
-        data = "\n".join(pieces[::stride])
-        try:
-            ranks = tiktoken._educational.bpe_train(data, vocab_size - 1, SPLIT, visualise=None)
-        except ValueError:  # fewer than 256 bytes asked for, or nothing left to merge
-            raise BadInput(f"this corpus does not give {vocab_size} tokens: choose a --vocab-size from 257 to fewer than that")
-        return cls.from_merges(list(ranks)[256:])
+        data, merges = "\n".join(pieces[::stride]), vocab_size - 257
+        while True:
+            try:
+                ranks = tiktoken._educational.bpe_train(data, 256 + merges, SPLIT, visualise=None)
+                return cls.from_merges(list(ranks)[256:])
+            except ValueError:
+                if merges <= 0:
+                    raise
+                merges //= 2
 
     @classmethod
     def gpt2(cls):

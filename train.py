@@ -68,7 +68,7 @@ class Config:
     init: str = option("", "weights to start from: a run, a checkpoint, a directory with a GPT-2, or gpt2 (downloads 0.5 GB)")
     pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0, 10 ** 9)
     tokenizer: str = option("bpe", "bpe learned from the corpus, or GPT-2's", choices=("bpe", "gpt2"))
-    vocab_size: int = option(512, "tokens in the learned vocabulary", 257)
+    vocab_size: int = option(512, "most tokens in the learned vocabulary", 257)
     block_size: int = option(64, "context, tokens", 2)
     n_layer: int = option(2, "transformer blocks", 1)
     n_head: int = option(4, "attention heads per block", 1)
@@ -383,7 +383,7 @@ def evaluate(task, policy, reference, tokenizer, config):
     for part, rollout, completions, (_, _, kl, H) in episodes(prompts, config.temperature):
         pairs += zip(part, completions)
         rewards += score(task.reward, part, completions)
-        metrics += score(task.metric, part, completions)
+        metrics += rewards[-len(part):] if task.metric is task.reward else score(task.metric, part, completions)
         sums += torch.stack([kl[rollout.mask].sum(), H[rollout.mask].sum(), rollout.mask.sum()]).cpu()
     greedy = [value for part, _, completions, _ in episodes(task.heldout, 0) for value in score(task.metric, part, completions)]
     kl, H = (sums[:2] / sums[2]).tolist()

@@ -1,3 +1,5 @@
+import builtins
+import json
 import math
 
 import pytest
@@ -5,8 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bench import gpt2_state
-from model import GPT, Critic, GPTConfig
+from model import GPT, Critic, GPTConfig, gpt2_layout
 
 CONFIG = GPTConfig(vocab_size=11, block_size=12, n_layer=3, n_head=2, n_embd=8)
 
@@ -114,16 +115,147 @@ def test_impossible_sizes_are_refused(sizes):
         GPTConfig(**{"vocab_size": 5, **sizes})
 
 
-def test_logits_are_those_of_transformers_gpt2():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=50, n_positions=32, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).eval()
-    ours = GPT(GPTConfig(vocab_size=50, block_size=32, n_layer=3, n_head=4, n_embd=48), torch.Generator().manual_seed(0))
-    for i, p in enumerate(ours.parameters()):
+# GPT-2's weights.
+
+def random_gpt():
+    policy = GPT(GPTConfig(vocab_size=50, block_size=32, n_layer=3, n_head=4, n_embd=48), torch.Generator().manual_seed(0))
+    for i, p in enumerate(policy.parameters()):
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-    missing = theirs.load_state_dict(gpt2_state(ours), strict=False)
-    assert missing.unexpected_keys == [] and missing.missing_keys == ["lm_head.weight"]  # which is tied
-    x = torch.randint(50, (4, 32), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=1e-4)
-        assert ours(x).std() > 0.3
+    return policy
+
+
+@pytest.fixture(params=["pytorch_model.bin", "model.safetensors"])
+def weights_file(request, monkeypatch):
+    """Either format; without safetensors to_gpt2 writes the first."""
+    if request.param == "model.safetensors":
+        pytest.importorskip("safetensors", reason="safetensors is not installed: pip install safetensors")
+    else:
+        forbid_safetensors(monkeypatch)
+    return request.param
+
+
+def forbid_safetensors(monkeypatch):
+    honest = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("safetensors"):
+            raise ImportError(name)
+        return honest(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, "__import__", without)
+
+
+X = torch.randint(50, (4, 32), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_weights_out_and_in_again(tmp_path, weights_file):
+    ours = random_gpt()
+    ours.to_gpt2(tmp_path / "gpt2", 49)
+    assert {p.name for p in (tmp_path / "gpt2").iterdir()} == {"config.json", weights_file}
+    again = GPT.from_gpt2(tmp_path / "gpt2")
+    assert again.config == ours.config and torch.equal(again(X), ours(X))
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), ours.parameters()))
+
+
+@torch.no_grad()
+def test_transformers_opens_what_we_write(tmp_path, weights_file, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    ours = random_gpt()
+    ours.to_gpt2(tmp_path / "gpt2", 49)
+    monkeypatch.undo()  # transformers needs safetensors itself
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").eval()
+    torch.testing.assert_close(ours(X), theirs(X).logits, rtol=0, atol=1e-4)
+    assert ours(X).std() > 0.3 and theirs.config.eos_token_id == 49
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["as saved", "trunk alone, in half precision, with its masks"])
+def test_we_open_what_transformers_writes(tmp_path, form):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=48, n_layer=3, n_head=4)).eval()
+    for i, p in enumerate(theirs.parameters()):
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    theirs.save_pretrained(tmp_path)
+    if form != "as saved":  # as OpenAI's own weights are kept
+        theirs = theirs.half().float()
+        state = {name: t.half() for name, t in theirs.transformer.state_dict().items()}
+        state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(3)}
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    ours = GPT.from_gpt2(tmp_path)
+    assert ours.config == GPTConfig(50, 32, 3, 4, 48) and all(p.dtype == torch.float32 for p in ours.parameters())
+    torch.testing.assert_close(ours(X), theirs(X).logits, rtol=0, atol=1e-4)
+
+
+def test_every_wrong_tensor_is_named(tmp_path, monkeypatch):
+    forbid_safetensors(monkeypatch)
+    random_gpt().to_gpt2(tmp_path / "gpt2", 49)
+    file = tmp_path / "gpt2" / "pytorch_model.bin"
+    state = torch.load(file)
+    del state["transformer.h.1.ln_2.bias"], state["transformer.ln_f.weight"]
+    state["transformer.h.0.mlp.c_fc.weight"] = state["transformer.h.0.mlp.c_fc.weight"].T
+    state["transformer.h.3.attn.c_attn.bias"] = torch.zeros(144)
+    torch.save(state, file)
+    with pytest.raises(ValueError) as e:
+        GPT.from_gpt2(tmp_path / "gpt2")
+    for words in ("h.1.ln_2.bias is missing", "transformer.ln_f.weight is missing", "h.3.attn.c_attn.bias is unexpected",
+                  "h.0.mlp.c_fc.weight is (192, 48) in place of (48, 192)"):
+        assert words in str(e.value)
+    assert "\n" not in str(e.value) and str(e.value).count(",") == 3 + 2  # those four and no other
+
+
+class Malice:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda d: (d / "config.json").unlink(), "config.json"), (lambda d: (d / "config.json").write_text('{"n_embd": 4'), "config.json"),
+    (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "config.json"), (lambda d: (d / "config.json").write_text("[]"), "config.json"),
+    (lambda d: edit(d, n_layer=None), "config.json"), (lambda d: edit(d, n_head=5), "n_head 5"), (lambda d: edit(d, n_embd="48"), "config.json"),
+    (lambda d: edit(d, activation_function="relu"), "activation_function is 'relu'"), (lambda d: edit(d, n_inner=100), "n_inner is 100"),
+    (lambda d: edit(d, model_type="llama"), "model_type is 'llama'"), (lambda d: edit(d, vocab_size=51), "wte.weight is (50, 48)"),
+    (lambda d: (d / "pytorch_model.bin").unlink(), "there is no"), (lambda d: cut(d / "pytorch_model.bin"), "half-written"),
+    (lambda d: (d / "pytorch_model.bin").write_bytes(b""), "half-written"), (lambda d: torch.save([1], d / "pytorch_model.bin"), "damaged"),
+    (lambda d: torch.save({"transformer.wte.weight": "x"}, d / "pytorch_model.bin"), "damaged"),
+    (lambda d: torch.save({"a": Malice(d / "executed")}, d / "pytorch_model.bin"), "damaged"),
+    (lambda d: torch.save({**torch.load(d / "pytorch_model.bin"), "lm_head.weight": torch.zeros(50, 48)}, d / "pytorch_model.bin"), "lm_head"),
+    (lambda d: ((d / "pytorch_model.bin").unlink(), (d / "model.safetensors").write_bytes(b"x")), "pip install safetensors")])
+def test_a_damaged_gpt2_is_refused_in_one_line(tmp_path, monkeypatch, damage, says):
+    forbid_safetensors(monkeypatch)
+    d = tmp_path / "gpt2"
+    random_gpt().to_gpt2(d, 49)
+    damage(d)
+    with pytest.raises(ValueError) as e:
+        GPT.from_gpt2(d)
+    assert says in str(e.value) and "\n" not in str(e.value) and str(d) in str(e.value)
+    assert not (d / "executed").exists()
+
+
+def test_half_written_safetensors(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed: pip install safetensors")
+    random_gpt().to_gpt2(tmp_path / "gpt2", 49)
+    cut(tmp_path / "gpt2" / "model.safetensors")
+    with pytest.raises(ValueError, match="half-written"):
+        GPT.from_gpt2(tmp_path / "gpt2")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+def edit(directory, **changes):
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def test_the_layout_is_its_own_inverse():
+    state = random_gpt().state_dict()
+    there = gpt2_layout(state)
+    assert there["transformer.h.0.mlp.c_fc.weight"].shape == (48, 192) and there["transformer.wpe.weight"].shape == (32, 48)
+    assert all(torch.equal(gpt2_layout(there)[name], t) for name, t in state.items())

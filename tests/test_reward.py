@@ -1,9 +1,13 @@
+import math
 import random
 import re
 
+import numpy as np
 import pytest
+import torch
 
-from reward import BAD, GOOD, HATED, LOVED, REVIEWS, SMALL_TALK, TASKS, Grammar, Text, accuracy, careless_sum, contains, opinion
+from reward import (BAD, GOOD, HATED, LOVED, REVIEWS, SMALL_TALK, TASKS, BadTask, Grammar, Text, accuracy, batched, careless_sum, contains,
+                    distinct_n, fluency, length, load_task, opinion, repetition, score, words)
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -118,3 +122,123 @@ def test_hello_is_rare():
     assert contains("hello")("hello", "hi there") == 0.0 and contains("Hello")("", "Oh HELLO!") == 1.0
     assert not any("hello" in prompt for prompt in task.prompts + task.heldout)
     assert Grammar(SMALL_TALK).grammatical("good day, ben.", " hello, come in.") == 1.0
+
+
+# Pieces.
+
+def test_words():
+    assert words("Don't stop, naïve CAT-5!") == ["don", "t", "stop", "naïve", "cat", "5"]
+    assert words("春眠 不覺曉, ok") == ["春", "眠", "不", "覺", "曉", "ok"] and words(" ,. ") == []
+
+
+def test_distinct_n_by_hand():
+    assert distinct_n(["a b a b", "b a"], 1) == 2 / 6  # a, b of six words
+    assert distinct_n(["a b a b", "b a"], 2) == 2 / 4  # ab ba ab | ba: no pair across texts
+    assert distinct_n(["a", ""], 2) == 1.0
+    assert repetition("a b", "a b a b") == pytest.approx(1 / 3) and repetition("a b", "c d e") == 0.0 == repetition("", "")
+
+
+def test_length_and_fluency():
+    assert [length(4)("", "w " * n) for n in (0, 2, 4, 6, 8, 20)] == [0, 0.5, 1, 0.5, 0, 0]
+    assert fluency("", Text("abc", fluency=-1.5)) == -1.5
+
+
+def test_a_text_is_a_string_that_carries_more():
+    prompt = Text("7+5=", answer="12")
+    assert prompt == "7+5=" and prompt.answer == "12" and isinstance(prompt, str) and {prompt: 1}["7+5="] == 1
+
+
+# Scores.
+
+def test_scores_are_taken_as_given():
+    assert score(lambda p, c: len(c), ["a", "b"], ["xyz", ""]) == [3.0, 0.0]
+    for value in (True, np.float32(0.5), np.int64(2), torch.tensor(0.25)):
+        assert score(lambda p, c: value, ["a"], ["b"]) == [float(value)]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_batched_reward_sees_lists(kind):
+    @batched
+    def lengths(prompts, completions):
+        assert prompts == ["a", "b"] and isinstance(prompts, list)
+        return kind([len(c) for c in completions])
+    assert score(lengths, ("a", "b"), ("xyz", "")) == [3.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e39, 10 ** 400, None, "good", [0.5, 0.5], torch.ones(2), 1j])
+def test_a_score_that_is_no_number_is_named(value):
+    with pytest.raises(BadTask, match="'wow'") as e:
+        score(lambda p, c: value, ["a", "b"], ["wow", "oh"])
+    assert "one finite number" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_batch_with_missing_scores():
+    with pytest.raises(BadTask, match="1 numbers for 2"):
+        score(batched(lambda p, c: [1.0]), ["a", "b"], ["x", "y"])
+    with pytest.raises(BadTask, match="failed on a batch that begins with prompt 'a'"):
+        score(batched(lambda p, c: None), ["a", "b"], ["x", "y"])
+
+
+def test_an_error_in_a_reward_keeps_its_own_traceback():
+    def mine(prompt, completion):
+        return {"x": 1}[completion]
+    with pytest.raises(BadTask, match="mine failed on prompt 'b' and completion 'y\\\\ny': KeyError: 'y") as e:
+        score(mine, ["a", "b"], ["x", "y\ny"])
+    frames = []
+    tb = e.value.__cause__.__traceback__
+    while tb:
+        frames.append(tb.tb_frame.f_code.co_name)
+        tb = tb.tb_next
+    assert frames == ["mine"] and "\n" not in str(e.value)
+
+
+# Task files.
+
+GOOD_FILE = """
+corpus = ["one two three"] * 10
+prompts, heldout = ["one", "two"], ["three"]
+def reward(prompt, completion):
+    return len(completion)
+"""
+
+
+def write(tmp_path, source):
+    (tmp_path / "mine.py").write_bytes(source if isinstance(source, bytes) else source.encode())
+    return str(tmp_path / "mine.py")
+
+
+def test_a_file_is_a_task(tmp_path):
+    task = load_task(write(tmp_path, GOOD_FILE), 0)
+    assert task.corpus == ["one two three"] * 10 and task.prompts == ["one", "two"] and task.heldout == ["three"]
+    assert task.reward("a", "bcd") == 3 and task.metric is task.reward
+    task = load_task(write(tmp_path, GOOD_FILE + "corpus = 'a whole book'\ndef metric(p, c): return 7\n"), 0)
+    assert task.corpus == ["a whole book"] and task.metric("", "") == 7 and task.metric.__name__ == "metric"
+    assert load_task(write(tmp_path, GOOD_FILE.replace("corpus", "other")), 0).corpus == []
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]  # no compiled file beside it
+
+
+def test_a_file_may_import_its_neighbour(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("prompts = ['x']")
+    assert load_task(write(tmp_path, GOOD_FILE + "from neighbour_of_mine import prompts"), 0).prompts == ["x"]
+
+
+@pytest.mark.parametrize("source, says", [
+    ("", "lacks prompts, heldout, reward"), (GOOD_FILE.replace("heldout", "held"), "lacks heldout"), ("import nowhere_to_be_found", "line 1: ModuleNotFoundError"),
+    (GOOD_FILE + "x = = 1", "line 6: SyntaxError"), ("x = 1\n\nopen('/nowhere/book.txt')", "line 3: FileNotFoundError"),
+    ("from pathlib import Path\nPath(__file__).with_name('latin.txt').read_text(encoding='utf-8')", "line 2: UnicodeDecodeError"),
+    (b"x = '\xff\xfe'", "mine.py"), ("def f():\n    raise ValueError('two\\nlines')\nf()", "line 2: ValueError: two lines"),
+    (GOOD_FILE + "prompts = []", "at least one"), (GOOD_FILE + "heldout = ['']", "empty"), (GOOD_FILE + "prompts = ['three']", "'three' is also in heldout"),
+    (GOOD_FILE + "prompts = 'one'", "prompts must be a list of texts"), (GOOD_FILE + "corpus = [b'bytes']", "corpus must be a list of texts"),
+    (GOOD_FILE + "corpus = 7", "corpus must be"), (GOOD_FILE + "reward = 7", "functions"), (GOOD_FILE + "metric = 'm'", "functions"),
+    (GOOD_FILE + "raise SystemExit('no')", "SystemExit: no")])
+def test_a_file_that_is_no_task(tmp_path, source, says):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(BadTask, match=re.escape(says)) as e:
+        load_task(write(tmp_path, source), 0)
+    assert "\n" not in str(e.value) and "mine.py" in str(e.value)
+
+
+def test_no_such_task(tmp_path):
+    for name in ("chess", str(tmp_path / "chess.py"), str(tmp_path)):
+        with pytest.raises(BadTask, match="there is no task"):
+            load_task(name, 0)

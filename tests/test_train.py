@@ -15,11 +15,12 @@ import torch
 import reward
 import train
 from model import GPT, Critic, GPTConfig
-from rollout import BadInput, Tokenizer, load_checkpoint, sample
+from rollout import BadInput, Tokenizer, load_checkpoint, sample, save_checkpoint
+from test_rollout import gpt2_vocabulary  # noqa: F401, a fixture
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--n-layer 1 --n-embd 16 --n-head 2 --pretrain-steps 60 --iterations 2 --batch-size 16 --minibatches 2 "
-        "--eval-episodes 16 --threads 1").split()
+SHORT = "--pretrain-steps 60 --iterations 2 --batch-size 16 --minibatches 2 --eval-episodes 16 --threads 1".split()
+TINY = [*"--n-layer 1 --n-embd 16 --n-head 2".split(), *SHORT]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,10 @@ def out(tmp_path_factory):
 
 def go(out, *options):
     return train.main([*TINY, "--out", str(out), *map(str, options)])
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def rows(run, timings=False):
@@ -57,8 +62,9 @@ def test_a_short_run_of_each_algorithm(out, algo):
     assert all(math.isfinite(float(value)) for row in table for value in row.values())
     assert 0 <= float(table[0]["kl"]) < 1e-6 < float(table[1]["kl"])  # at first the policy is its own reference
 
-    trained, tokenizer, more = load_checkpoint(run)
-    start, _, _ = load_checkpoint(next((out / "pretrained").iterdir()))
+    trained, reference, tokenizer, more = load_checkpoint(run)
+    start, _, _, _ = load_checkpoint(next((out / "pretrained").iterdir()))
+    assert all(torch.equal(p, q) for p, q in zip(reference.parameters(), start.parameters()))
     assert not torch.equal(trained.transformer.wte.weight, start.transformer.wte.weight)
     assert more["config"] == config and more["iteration"] == 2
     assert more["critic"]["value_head.weight"].abs().max() > 0  # which was zero before its fit
@@ -119,7 +125,8 @@ def generators():
 def test_collect_puts_every_number_in_its_place(world, advantage, whiten):
     task, policy, reference, critic, tokenizer, config = world
     config.advantage, config.whiten = advantage, whiten
-    critic = critic if advantage == "gae" else None
+    critic, seen, reward_of = critic if advantage == "gae" else None, [], task.reward
+    task = replace(task, reward=lambda prompt, completion: seen.append(completion) or reward_of(prompt, completion))
     batch, stats = train.collect(task, policy, reference, critic, tokenizer, config, generators())
     logp, ref = explain(policy, batch.obs), explain(reference, batch.obs)
     values = critic(batch.obs).detach() if critic else torch.zeros(batch.mask.shape)
@@ -129,7 +136,10 @@ def test_collect_puts_every_number_in_its_place(world, advantage, whiten):
         prompts.append(tokenizer.decode(batch.obs[b, :steps[0] + 1].tolist()))
         actions = batch.actions[b, mask].tolist()
         ended += actions[-1] == 256
-        scores.append(task.reward(prompts[-1], tokenizer.decode(actions)))
+        scores.append(reward_of(prompts[-1], tokenizer.decode(actions)))
+        # What the reward was given carries its figures.
+        assert seen[b] == tokenizer.decode(actions) and seen[b].length == len(steps) and seen[b].ended == (actions[-1] == 256)
+        assert seen[b].fluency == pytest.approx(ref[b, steps, actions].mean().item(), abs=1e-4)
         rewards = []
         for t, a in zip(steps, actions):
             rewards.append(-0.3 * (logp[b, t, a] - ref[b, t, a]).item())
@@ -180,13 +190,21 @@ def test_evaluate_is_the_mean_over_held_out_prompts(world):
         assert completion == tokenizer.decode(tokens[len(prompt):])
     assert [prompt for prompt, _ in asked[50:]] == task.heldout
     assert figures["greedy"] == pytest.approx(fmean(len(completion) for _, completion in asked[50:]))
+    rewards = torch.tensor([task.reward(*pair) for pair in texts], dtype=torch.float64)
+    assert figures["reward_ci"] == pytest.approx(1.96 * rewards.std().item() / 50 ** 0.5)
+    assert figures["ended"] == fmean(completion.ended for _, completion in texts) and 0 < figures["ended"] < 1
+    assert figures["distinct_1"] == reward.distinct_n([completion for _, completion in texts], 1)
+    assert figures["distinct_2"] == reward.distinct_n([completion for _, completion in texts], 2)
+    lengths = []
     kls, entropies, generator = [], [], torch.Generator().manual_seed(12345)
     for prompts in (texts[:32], texts[32:]):
         r = sample(policy, [tokenizer.encode(prompt) for prompt, _ in prompts], 6, 256, 0.7, generator)
         assert r.completions(tokenizer) == [completion for _, completion in prompts]
+        lengths += r.mask.sum(1).tolist()
         logp, ref = (explain(model, r.tokens[:, :-1])[r.mask] for model in (policy, reference))
         kls += (logp.exp() * (logp - ref)).sum(-1).tolist()
         entropies += (-logp.exp() * logp).sum(-1).tolist()
+    assert figures["length"] == fmean(lengths)
     assert figures["kl"] == pytest.approx(fmean(kls), rel=1e-3) and figures["entropy"] == pytest.approx(fmean(entropies), rel=1e-3)
 
 
@@ -215,6 +233,241 @@ def test_kl_penalty_holds_the_policy_back(tmp_path_factory):
     assert kl[3] < 0.5 * kl[0]
 
 
+# Pretraining.
+
+def test_long_texts_go_on_in_the_next_row():
+    rows = train.as_rows([[1, 2, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4], [5], [1, 2, 3, 4, 5]], 3)
+    assert rows.tolist() == [[1, 2, 3, -100], [1, 2, 3, 4], [4, 5, 6, 7], [7, 8, 9, -100], [1, 2, 3, 4], [1, 2, 3, 4], [4, 5, -100, -100]]
+
+
+def test_what_is_held_out_is_not_learned():
+    rows = torch.arange(1000)[:, None]
+    learn, heldout = train.split_rows(rows, torch.Generator().manual_seed(0))
+    assert len(heldout) == 10 and sorted((learn[:, 0].tolist() + heldout[:, 0].tolist())) == list(range(1000))
+    learn, heldout = train.split_rows(rows[:2], torch.Generator())
+    assert len(learn) == len(heldout) == 1
+    for few in (rows[:1], torch.empty(0, 0)):
+        with pytest.raises(BadInput, match="too short"):
+            train.split_rows(few, torch.Generator())
+
+
+@torch.no_grad()
+def test_bits_per_byte_by_hand(world):
+    _, policy, *_ = world
+    tokenizer = Tokenizer.learn(["the plot was the plot "] * 9, 263)
+    policy = GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 2, 16), torch.Generator().manual_seed(1))
+    texts = ["the plot", "was 中", "a"]
+    tokens = [tokenizer.encode(text) + [tokenizer.eos_token] for text in texts]
+    bits = size = 0
+    for row in tokens:
+        logp = policy(torch.tensor([row])).log_softmax(-1)[0] / math.log(2)
+        bits -= sum(logp[t, token].item() for t, token in enumerate(row[1:]))
+        size += sum(len(tokenizer.encoding.decode_single_token_bytes(t)) for t in row[1:-1]) + 1  # the end counts as one byte
+    assert train.bits_per_byte(policy, train.as_rows(tokens, 8), tokenizer.sizes(), 2) == pytest.approx(bits / size, rel=1e-5)
+
+
+# Tasks of one's own.
+
+FILE = """
+import random
+corpus = ["the cat sat on the mat.", "the dog sat on the log."] * 30
+prompts, heldout = ["the cat", "the dog"], ["the"]
+calls = []
+def reward(prompt, completion):
+    calls.append(completion)
+    return len(completion) / 10
+"""
+SMALL = ["--block-size", 24, "--max-new-tokens", 12]
+
+
+def task_file(folder, source, name="mine.py"):
+    (folder / name).write_text(source, encoding="utf-8")
+    return folder / name
+
+
+def test_a_task_file_runs_from_end_to_end(tmp_path, capsys):
+    file = task_file(tmp_path, FILE)
+    assert go(tmp_path / "out", "--task", file, *SMALL) is None
+    run = tmp_path / "out" / "mine-trpo-0"
+    result, config = (json.loads((run / name).read_text()) for name in ("result.json", "config.json"))
+    assert result["metric"] == "reward" and result["metric_after"] == pytest.approx(result["reward_after"]) and config["task"] == str(file)
+    assert 0 < result["bits_per_byte"] < 8 and config["vocab_size"] < 512  # as many as the corpus gave
+    out = capsys.readouterr().out
+    assert re.search(r"^pretrained weights to .*/mine-\w+.pt: \d.\d+ bits per held-out byte$", out, re.M) and "\nreward, greedy " in out
+
+
+def examples():
+    blocks = re.findall(r"```python\n(# (\w+)\.py\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    return {name: source for source, name in blocks}
+
+
+def test_the_readme_has_its_three_examples():
+    assert list(examples()) == ["story", "sorting", "translate"]
+    assert all(source.count("\n") <= 25 for source in examples().values())
+
+
+@pytest.mark.parametrize("name", ["story", "sorting", "translate"])
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, name):
+    if name == "translate":
+        pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: pip install sacrebleu")
+    monkeypatch.chdir(tmp_path)
+    task = reward.TASKS["reviews"](0)
+    Path("story.txt").write_text("\n\n".join(f"{a} {b}" for a, b in zip(task.corpus[:400:2], task.corpus[1:400:2])), encoding="utf-8")
+    task_file(tmp_path, examples()[name], f"{name}.py")
+    assert go("runs", "--task", f"{name}.py", "--max-new-tokens", 12) is None
+    result = json.loads(Path(f"runs/{name}-trpo-0/result.json").read_text())
+    assert result["metric"] == ("metric" if name == "story" else "reward") and math.isfinite(result["reward_after"])
+
+
+def test_the_rewards_of_the_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("story.txt").write_text("\n\n".join(f"word{i} of the sea and of the land and of the air" for i in range(30)), encoding="utf-8")
+    tasks = {name: reward.load_task(str(task_file(tmp_path, source, f"{name}.py")), 0) for name, source in examples().items()
+             if name != "translate" or pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: pip install sacrebleu")}
+    text = lambda words: reward.Text(words, ended=True, fluency=-1.0, length=9)
+    assert tasks["story"].reward("a", text(" calm sea")) == 1.5 and tasks["story"].reward("a", text("")) == 0.5
+    prompt = tasks["sorting"].heldout[0]
+    assert tasks["sorting"].reward(prompt, " " + " ".join(sorted(prompt[:9].split()))) and not tasks["sorting"].reward(prompt, "")
+    prompt = tasks["translate"].heldout[0]
+    a, b = (tasks["translate"].reward(prompt, t) for t in (prompt.answer, " ".join(prompt.answer.split()[::-1])))
+    assert a == pytest.approx(1) and b < 0.2
+    for task in tasks.values():  # what is asked in the evaluation was not imitated either, but for openings of one's own text
+        assert task is tasks["story"] or not any(text.startswith(prompt) for prompt in task.heldout for text in task.corpus)
+
+
+def test_text_that_is_not_english(tmp_path, capsys):
+    poem = ["床前明月光，疑是地上霜。", "举头望明月，低头思故乡。", "春眠不觉晓，处处闻啼鸟。", "夜来风雨声，花落知多少。"]
+    file = task_file(tmp_path, f"""
+corpus = {poem} * 20
+prompts, heldout = ["床前", "举头", "春眠"], ["夜来"]
+def reward(prompt, completion):
+    return completion.count("月")
+""")
+    assert go(tmp_path / "out", "--task", file, "--block-size", 48, "--max-new-tokens", 40, "--pretrain-steps", 300, "--n-embd", 32) is None
+    rollout_out = subprocess.run([sys.executable, ROOT / "rollout.py", tmp_path / "out" / "mine-trpo-0", "--prompt", "举头", "-n", "2"], capture_output=True)
+    assert len(re.findall(r"^举头望明月，低头思故乡。$", rollout_out.stdout.decode(), re.M)) >= 1
+
+
+def test_a_book_is_one_long_text(tmp_path):
+    file = task_file(tmp_path, FILE + "corpus = ' '.join(f'Chapter {i} in which the cat sat on mat {i * 7}.' for i in range(20_000))")
+    assert go(tmp_path / "out", "--task", file, *SMALL) is None  # a megabyte
+    assert json.loads((tmp_path / "out" / "mine-trpo-0" / "result.json").read_text())["bits_per_byte"] < 8
+
+
+def test_an_error_in_a_reward(tmp_path, capsys):
+    file = task_file(tmp_path, FILE.replace("    return len", "    if len(calls) == 16 + 1 + 16 + 3:  # in the second iteration\n        [][completion]\n    return len"))
+    options = ["--task", file, *SMALL, "--save-every", 1, "--iterations", 9]
+    assert go(tmp_path / "out", *options) == 2
+    err = capsys.readouterr().err
+    *trace, last = err.splitlines()
+    assert trace[0].startswith("Traceback") and f'File "{file}", line 9, in reward' in err and "train.py" not in err and "in score" not in err
+    assert re.match(r"error: reward failed on prompt 'the (cat|dog)' and completion '.*': TypeError: list indices", last)
+    _, _, _, more = load_checkpoint(tmp_path / "out" / "mine-trpo-0")
+    assert more["iteration"] == 1
+
+
+@pytest.mark.parametrize("source, says", [
+    ("", "lacks prompts"), ("import nowhere_at_all", "ModuleNotFoundError"), (FILE.replace("corpus =", "other ="), "no corpus"), (FILE + "corpus = []", "no corpus"),
+    (FILE + "corpus = ['']", "too short"), (FILE + "corpus = 'one line'", "too short"), (FILE + "def reward(p, c): return float('nan')", "one finite number"),
+    (FILE + "def reward(p, c): pass", "None"), (FILE + "def metric(p, c): return 'x'", "metric gave 'x'"),
+    (FILE + "from reward import batched\n@batched\ndef reward(p, c): return [1.0]", "1 numbers for 16"), (FILE + "heldout = ['the ' * 30]", "context")])
+def test_a_task_that_cannot_be_used(tmp_path, capsys, source, says):
+    assert go(tmp_path / "out", "--task", task_file(tmp_path, source), *SMALL, "--pretrain-steps", 2) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert not (tmp_path / "out" / "mine-trpo-0").exists()
+
+
+# Weights to start from.
+
+def test_init_from_a_run(out, capsys):
+    go(out, "--name", "source", "--iterations", 1, "--seed", 9)
+    source, _, _, _ = load_checkpoint(out / "source")
+    cached = contents(out / "pretrained")
+    start = lambda name, *options: train.main([*SHORT, *map(str, ["--out", out, "--name", name, "--init", out / "source", "--iterations", 0, *options])])
+    assert start("continued", "--pretrain-steps", 0) is None
+    policy, reference, _, more = load_checkpoint(out / "continued")
+    for p, q, r in zip(source.parameters(), policy.parameters(), reference.parameters()):
+        assert torch.equal(p, q) and torch.equal(p, r)
+    assert more["config"]["n_embd"] == 16 and contents(out / "pretrained") == cached
+    assert json.loads((out / "continued" / "result.json").read_text())["kl"] < 1e-6
+    # With steps, it learns on from there; and finds that again.
+    for name in ("a", "b"):
+        start(f"learned-{name}", "--pretrain-steps", 3)
+    assert "pretrained weights from" in capsys.readouterr().out and len(contents(out / "pretrained")) == len(cached) + 1
+    a, b = (load_checkpoint(out / f"learned-{name}")[0] for name in ("a", "b"))
+    assert torch.equal(a.transformer.wte.weight, b.transformer.wte.weight) and not torch.equal(a.transformer.wte.weight, source.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("algo", train.ALGOS)
+def test_init_from_gpt2(tmp_path, gpt2_vocabulary, algo):
+    GPT(GPTConfig(50257, 32, 1, 2, 8), torch.Generator().manual_seed(0)).to_gpt2(tmp_path / "gpt2", 50256)
+    file = task_file(tmp_path, FILE.replace("corpus =", "other ="))  # nothing is learned from it
+    options = "--iterations 1 --eval-episodes 8 --max-new-tokens 6 --threads 1 --batch-size 8 --minibatches 2".split()
+    assert train.main(["--task", str(file), "--init", str(tmp_path / "gpt2"), "--algo", algo, "--out", str(tmp_path / "out"), *options]) is None
+    config = json.loads((tmp_path / "out" / f"mine-{algo}-0" / "config.json").read_text())
+    assert config["tokenizer"] == "gpt2" and config["n_embd"] == 8 and config["block_size"] == 32 and config["lr"] == 1e-5
+
+
+def test_init_that_cannot_be(out, tmp_path, capsys, monkeypatch, gpt2_vocabulary):
+    go(out, "--name", "start", "--iterations", 0)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/proc/nowhere")
+    capsys.readouterr()
+    for options in (["--init", out / "start", "--n-layer", 2], ["--init", out / "nowhere"], ["--init", tmp_path / "half"], ["--init", "gpt2"]):
+        assert train.main([*map(str, options), "--out", str(out), "--name", "never", "--threads", "1"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and not (out / "never").exists()
+
+
+# Evaluation of what there is.
+
+def test_eval_repeats_what_the_run_said(out, capsys):
+    go(out, "--name", "judged", "--seed", 3)
+    result, before = json.loads((out / "judged" / "result.json").read_text()), contents(out)
+    capsys.readouterr()
+    assert train.main(["--eval", str(out / "judged")]) is None
+    figures = dict(re.findall(r"^(\S.*?) +(-?\d+\.\d+)$", capsys.readouterr().out, re.M))
+    for label, name in {"reward": "reward_after", "± (95%)": "reward_ci_after", "grammatical": "metric_after", "grammatical, greedy": "greedy_after",
+                        "KL to the start, nats": "kl", "entropy, nats": "entropy_after", "distinct words": "distinct_1_after",
+                        "distinct pairs": "distinct_2_after", "length, tokens": "length_after", "ended": "ended_after"}.items():
+        assert float(figures[label]) == pytest.approx(result[name], abs=6e-4), label
+    assert contents(out) == before
+    train.main(["--eval", str(out / "judged"), "--temperature", "0.5", "--eval-episodes", "8"])
+    assert "8 sampled completions of 40 held-out prompts, at temperature 0.5" in capsys.readouterr().out
+    train.main(["--eval", str(next((out / "pretrained").glob("reviews*"))), "--eval-episodes", "8"])
+    assert re.search(r"^KL to the start, nats +0.000$", capsys.readouterr().out, re.M)
+
+
+def test_eval_executes_no_file_unasked(tmp_path, capsys):
+    file = task_file(tmp_path, FILE)
+    go(tmp_path / "out", "--task", file, *SMALL)
+    run = tmp_path / "out" / "mine-trpo-0"
+    file.write_text(FILE + "raise SystemExit('executed')")
+    capsys.readouterr()
+    assert train.main(["--eval", str(run)]) == 2
+    assert f"--task {file}" in capsys.readouterr().err
+    assert train.main(["--eval", str(run), "--task", str(file)]) == 2
+    assert "executed" in capsys.readouterr().err
+    file.write_text(FILE)
+    assert train.main(["--eval", str(run), "--task", str(file)]) is None
+
+
+def test_eval_that_cannot_be(out, tmp_path, capsys):
+    go(out, "--name", "shown", "--iterations", 0)
+    policy, _, tokenizer, more = load_checkpoint(out / "shown")
+    for name, change in {"old": {"config": {"no_such_option": 1}}, "mad": {"config": more["config"] | {"temperature": "hot"}}, "bare": {}}.items():
+        save_checkpoint(tmp_path / f"{name}.pt", policy, tokenizer, **change)
+    for options, says in [(["nowhere"], "no checkpoint"), ([out / "shown", "--lr", 1], "--lr has no meaning"), ([out / "shown", "--temperature", 0], "--temperature"),
+                          ([out / "shown", "--task", "chess"], "chess"), ([out / "shown", "--max-new-tokens", 99], "context"),
+                          ([tmp_path / "old.pt"], "old.pt"), ([tmp_path / "mad.pt"], "mad.pt"), ([tmp_path / "bare.pt"], "bare.pt")]:
+        capsys.readouterr()
+        assert train.main(["--eval", *map(str, options)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
 # Bad input: one line, exit status 2, nothing written over.
 
 @pytest.mark.parametrize("options, says", [
@@ -224,7 +477,7 @@ def test_kl_penalty_holds_the_policy_back(tmp_path_factory):
     ("--batch-size 0", "--batch-size"), ("--batch-size 18", "--group-size"), ("--minibatches 17", "--minibatches"),
     ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--temperature 0", "--temperature"), ("--delta -1", "--delta"),
     ("--fisher-fraction 0", "--fisher-fraction"), ("--fisher-fraction 1.5", "--fisher-fraction"), ("--n-head 3", "--n-head"),
-    ("--vocab-size 256", "--vocab-size"), ("--vocab-size 99999", "--vocab-size"), ("--seed -1", "--seed"), ("--threads -1", "--threads"),
+    ("--vocab-size 256", "--vocab-size"), ("--seed -1", "--seed"), ("--threads -1", "--threads"),
     ("--advantage rloo --group-size 1", "--group-size"), ("--max-new-tokens 64", "context"), ("--block-size 8", "context"),
     ("--device cuda:77", "cuda:77"), ("--device toaster", "toaster"), ("--name a/b", "--name"), ("--name ..", "--name"),
     ("--name pretrained", "--name"), ("--out /proc/nowhere", "--out"), ("--unknown 1", "--unknown"), ("--iter 3", "--iter"),
@@ -236,10 +489,6 @@ def test_bad_options(out, capsys, options, says):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert sorted(map(str, out.rglob("*"))) == before
-
-
-def contents(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_an_existing_run_stays(out, capsys):
