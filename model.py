@@ -225,14 +225,16 @@ def read_gpt2(path):
         else:
             file = path / "pytorch_model.bin"
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t.float() for name, t in tensors.items()
+        tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t.float()
+                   for name, t in tensors.items()
                    if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which some files hold too
     except FileNotFoundError:
-        raise ValueError(f"there is no {file}: a GPT-2 is a directory with config.json and pytorch_model.bin or model.safetensors")
+        raise ValueError(f"there is no {file}: a GPT-2 is config.json with pytorch_model.bin or model.safetensors in a directory")
     except ImportError:
-        raise ValueError(f"{file} is read by a package that is not here: pip install safetensors, or put pytorch_model.bin beside it")
+        raise ValueError(f"{file} takes a package that is not here: pip install safetensors, or put pytorch_model.bin beside it")
     except Exception as e:  # a damaged file can raise nearly anything
-        raise ValueError(f"{file} is damaged or half-written: fetch it again ({type(e).__name__}: {str(e).partition(chr(10))[0]})")
+        reason = " ".join(str(e).split())[:80]
+        raise ValueError(f"{file} is damaged or half-written: fetch it again ({type(e).__name__}: {reason})")
     other = [f"{name} is {given.get(name)!r}" for name, value in GPT2.items() if given.get(name, value) != value]
     if n_inner != 4 * config.n_embd:
         other.append(f"n_inner is {n_inner}")

@@ -16,14 +16,14 @@ from typing import Callable
 
 
 class BadTask(ValueError):
-    """A task that cannot be used. The message is one line that says why; its cause, where there is one, is the task's own error."""
+    """A task that cannot be used. The message is one line that says why; the cause, if any, is the error of the task's own code."""
 
 
 class Text(str):
     """A string that carries more than its characters: Text("7+5=", answer="12").answer is "12".
 
-    A prompt may carry what its reward is to compare with. The completions that a reward is given carry `length`, their tokens with
-    the end of text; `ended`, whether they have one; and `fluency`, the reference's mean log-likelihood per token, in nats.
+    A prompt may carry what its reward is to compare with. A completion carries `length`, its tokens with the end of text;
+    `ended`, whether it has one; and `fluency`, the mean log-likelihood per token, in nats, that the reference gives it.
     """
 
     def __new__(cls, text, **more):
@@ -97,8 +97,8 @@ def load_task(name, seed):
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:
-        lines = [getattr(e, "lineno", None)] + [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
-        raise BadTask(f"{name}, line {lines[-1] or lines[0]}: {one_line(e)}")
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        raise BadTask(f"{name}, line {lines[-1] if lines else getattr(e, 'lineno', '?')}: {one_line(e)}")
 
     def texts(field):
         value = names.get(field, [])
@@ -144,7 +144,7 @@ def score(function, prompts, completions):
         where = f"a batch that begins with {about(pair)}" if getattr(function, "batched", False) else about(pair)
         raise BadTask(f"{name} failed on {where}: {one_line(e)}") from e.with_traceback(e.__traceback__.tb_next)
     if len(values) != len(pairs):
-        raise BadTask(f"{name} gave {len(values)} numbers for {len(pairs)} completions: a batched reward must give one for each")
+        raise BadTask(f"{name} gave {len(values)} numbers for {len(pairs)} completions: it must give one for each")
     values = [v.tolist() if hasattr(v, "tolist") else v for v in values]  # what numpy and torch call a number
     for value, pair in zip(values, pairs):
         if not (isinstance(value, numbers.Real) and abs(value) < 1e38):  # nor NaN, nor more than float32 holds

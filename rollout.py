@@ -154,8 +154,8 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     """Let the policy complete each prompt until it chooses eos_token or has chosen max_new_tokens.
 
     policy: (tokens, cache) -> logits, with `kv_cache`.  prompts: B lists of tokens, of any lengths of at least 1.
-    temperature: divides the logits; 0 is greedy.  top_k, top_p: see `truncate`.  watch: called with each new column of tokens (B,).
-    Returns a Rollout, cut after its longest row; its logp is that of the temperature (greedy: of 1), also where tails were cut.
+    temperature: divides the logits; 0 is greedy.  top_k, top_p: see `truncate`.  watch: gets each new column of tokens (B,).
+    Returns a Rollout, cut after its longest row; its logp is of the temperature (greedy: of 1), also where tails were cut.
     Raises BadInput for an empty prompt or one that leaves no room in the context.
 
     Prompts stand at the left without padding. Reading begins together at the shortest prompt's end; where a prompt is longer
@@ -242,7 +242,8 @@ def load_checkpoint(path, device="cpu"):
         if not path.is_file():
             raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
         state = torch.load(path, map_location=device, weights_only=True)
-        config, tokenizer, weights = GPTConfig(**state.pop("model")), Tokenizer.from_state(state.pop("tokenizer")), state.pop("policy")
+        config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
+        tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
         policy, reference = GPT(config).to(device), GPT(config).to(device)
         policy.load_state_dict(weights)
         reference.load_state_dict(state.pop("reference", weights))
@@ -277,7 +278,8 @@ def load_weights(init, device="cpu"):
         raise BadInput(f"{e}")
     tokenizer = Tokenizer.gpt2()
     if policy.config.vocab_size != tokenizer.vocab_size:
-        raise BadInput(f"the {policy.config.vocab_size} tokens of {path} are not the {tokenizer.vocab_size} of GPT-2: only its own vocabulary is known here")
+        raise BadInput(f"{path} has {policy.config.vocab_size} tokens, and GPT-2's vocabulary, the only one known here, "
+                       f"{tokenizer.vocab_size}")
     return policy.to(device), tokenizer
 
 
@@ -298,16 +300,15 @@ def fetch_gpt2():
 # Talking to the result.
 
 def explain(rollout, row, reference, tokenizer, temperature):
-    """A line per chosen token: its probability under the policy that chose it and under the reference, at the same temperature."""
+    """A line per chosen token: its probability under the policy and under the reference, at the same temperature."""
     with torch.no_grad():
         ref_logp = (reference(rollout.tokens[row:row + 1, :-1]) / (temperature or 1)).log_softmax(-1)[0]  # (T-1, V)
     steps = rollout.mask[row].nonzero().squeeze(-1)
     actions = rollout.tokens[row, steps + 1]
     p, q = rollout.logp[row, steps, actions], ref_logp[steps, actions]  # (T',)
-    lines = ["  policy  reference  token"]
-    lines += [f"{a:8.4f}  {b:9.4f}  {tokenizer.decode([t]) if t != tokenizer.eos_token else '<|endoftext|>'!r}"
-              for a, b, t in zip(p.exp().tolist(), q.exp().tolist(), actions.tolist())]
-    return "\n".join(lines + [f"log-probability {p.sum().item():.2f} under the policy, {q.sum().item():.2f} under the reference, in nats"])
+    lines = ["  policy  reference  token"] + [f"{a:8.4f}  {b:9.4f}  {tokenizer.encoding.decode([t])!r}" for a, b, t in
+                                              zip(p.exp().tolist(), q.exp().tolist(), actions.tolist())]
+    return "\n".join(lines) + f"\nlog-probability {p.sum():.2f} under the policy, {q.sum():.2f} under the reference, in nats"
 
 
 def talk(prompt, policy, reference, tokenizer, args, temperature, generator):
@@ -324,7 +325,8 @@ def talk(prompt, policy, reference, tokenizer, args, temperature, generator):
 
     if stream:
         print(prompt, end="", flush=True)
-    rollout = sample(policy, [tokens] * args.n, room, tokenizer.eos_token, temperature, generator, args.top_k, args.top_p, watch if stream else None)
+    rollout = sample(policy, [tokens] * args.n, room, tokenizer.eos_token, temperature, generator, args.top_k, args.top_p,
+                     watch if stream else None)
     for row, completion in enumerate(rollout.completions(tokenizer)):
         print(decoder.decode(b"", True) if stream and row == 0 else prompt + completion)
         if args.logprobs:
@@ -334,16 +336,16 @@ def talk(prompt, policy, reference, tokenizer, args, temperature, generator):
 def main(argv=None):
     parser = ArgumentParser(description="Sample completions from a trained policy.")
     parser.add_argument("run", help="a run's directory, as in runs/NAME, or a checkpoint")
-    parser.add_argument("--prompt", help="the text to complete, without a space at its end (default: each line of standard input)")
+    parser.add_argument("--prompt", help="the text to complete, without a space at its end (default: standard input, a prompt a line)")
     parser.add_argument("-n", type=int, default=4, help="completions of each prompt (default 4)")
     parser.add_argument("--max-new-tokens", type=int, help="longest completion, tokens (default: what the context holds)")
     parser.add_argument("--temperature", type=float, help="divides the logits (default: as it was trained)")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token at each step")
     parser.add_argument("--top-k", type=int, default=0, help="only among the K likeliest tokens (default 0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="only among the fewest tokens that hold this probability (default 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="only among the fewest that hold this probability (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
     parser.add_argument("--logprobs", action="store_true", help="each token's probability, and what it was before the RL")
-    parser.add_argument("--export", metavar="DIR", help="write the weights as a directory for transformers' GPT2LMHeadModel, and end")
+    parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel, and end")
     try:
         args = parser.parse_args(argv)
         if min(args.n, 1 if args.max_new_tokens is None else args.max_new_tokens) < 1:

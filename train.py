@@ -44,7 +44,8 @@ DEFAULTS = {
                      pretrain_lr=3e-3, kl_coef=0.01, iterations=150, group_size=1, lr=1e-4, damping=1.0),
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
     "init": dict(pretrain_steps=0),
-    "init gpt2": dict(pretrain_steps=0, pretrain_batch=8, pretrain_lr=1e-4, batch_size=16, lr=1e-5, critic_lr=1e-4, eval_episodes=64),
+    "init gpt2": dict(pretrain_steps=0, pretrain_batch=8, pretrain_lr=1e-4, batch_size=16, lr=1e-5, critic_lr=1e-4,
+                      eval_episodes=64),
 }
 
 
@@ -65,7 +66,7 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
     # the model and its pretraining
-    init: str = option("", "weights to start from: a run, a checkpoint, a directory with a GPT-2, or gpt2 (downloads 0.5 GB)")
+    init: str = option("", "weights to start from: a run, a checkpoint, a GPT-2's directory, or gpt2 (downloads 0.5 GB)")
     pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0, 10 ** 9)
     tokenizer: str = option("bpe", "bpe learned from the corpus, or GPT-2's", choices=("bpe", "gpt2"))
     vocab_size: int = option(512, "most tokens in the learned vocabulary", 257)
@@ -215,41 +216,38 @@ def write_json(path, data):
 def pretrained(config, task, device):
     """The policy that RL starts from, and its tokenizer: --init's or a new one, after pretrain_steps on the task's corpus.
 
-    What took steps is kept and found again. The config's sizes become those of --init's weights.
-    Returns (policy, tokenizer, {"seconds", "bits_per_byte"}). Raises BadInput.
+    What took steps is kept and found again. Returns (policy, tokenizer, {"seconds", "bits_per_byte"}). Raises BadInput.
     """
-    def check_prompts(tokenizer):
-        check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)
+    def check_prompts(block_size):
+        check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, block_size)
 
-    policy, tokenizer, weights = None, None, ""
-    if config.init:
-        policy, tokenizer = load_weights(config.init, device)
-        vars(config).update(asdict(policy.config), tokenizer="bpe" if tokenizer.merges is not None else "gpt2")
-        check_prompts(tokenizer)
-        if not config.pretrain_steps:
-            return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
-        weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in policy.state_dict().values())).hexdigest()
-    decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
-    key = json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus, weights])
-    path = Path(config.out) / "pretrained" / f"{Path(config.task).stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-    if path.exists():
-        policy, _, tokenizer, more = load_checkpoint(path, device)
-        check_prompts(tokenizer)
-        print(f"pretrained weights from {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
-        return policy, tokenizer, more
-    start = time.perf_counter()
+    policy, tokenizer = load_weights(config.init, device) if config.init else (None, None)
+    if policy and not config.pretrain_steps:
+        check_prompts(policy.config.block_size)
+        return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
     if not task.corpus:
         raise BadInput(f"{config.task} has no corpus to learn from: define one, or start from weights with --init")
-    generator = torch.Generator().manual_seed(config.pretrain_seed)
-    if policy is None:
+    decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
+    key = hashlib.sha256(json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus]).encode())
+    for tensor in policy.state_dict().values() if policy else ():
+        key.update(tensor.cpu().numpy())
+    path = Path(config.out) / "pretrained" / f"{Path(config.task).stem}-{key.hexdigest()[:12]}.pt"
+    if path.exists():
+        policy, _, tokenizer, more = load_checkpoint(path, device)
+        check_prompts(policy.config.block_size)
+        print(f"pretrained weights from {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
+        return policy, tokenizer, more
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(config.pretrain_seed)
+    if not policy:
         tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if config.tokenizer == "bpe" else Tokenizer.gpt2()
-        check_prompts(tokenizer)
-        config.vocab_size = tokenizer.vocab_size
-        policy = GPT(GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd), generator).to(device)
+        check_prompts(config.block_size)
+        shape = GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
+        policy = GPT(shape, generator).to(device)
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
-    learn, heldout = split_rows(as_rows(texts, config.block_size), generator)
-    imitate(policy, learn, config, generator)
-    more = {"bits_per_byte": bits_per_byte(policy, heldout, tokenizer.sizes(), config.pretrain_batch), "seconds": time.perf_counter() - start}
+    rows, heldout = split_rows(as_rows(texts, policy.config.block_size), generator)
+    imitate(policy, rows, config, generator)
+    more = {"bits_per_byte": bits_per_byte(policy, heldout, tokenizer.sizes(), config.pretrain_batch),
+            "seconds": time.perf_counter() - start}
     save_checkpoint(path, policy, tokenizer, config=asdict(config), **more)
     print(f"pretrained weights to {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, more
@@ -325,21 +323,16 @@ def compare(rollout, reference, temperature):
     return chosen(logp, actions), chosen(ref_logp, actions), kl_divergence(logp, ref_logp), entropy(logp)
 
 
-def with_figures(completions, rollout, ref_logp, eos_token):
-    """The completions as a reward gets them: what a Text carries, `length`, `ended` and `fluency`, is filled in."""
-    mask = rollout.mask
-    lengths = mask.sum(1)  # (B,)
-    ended = (mask & (rollout.tokens[:, 1:] == eos_token)).any(1)
-    fluency = ref_logp.masked_fill(~mask, 0).sum(1) / lengths
-    figures = zip(completions, lengths.tolist(), ended.tolist(), fluency.tolist())
-    return [Text(completion, length=n, ended=e, fluency=f) for completion, n, e, f in figures]
-
-
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """Let the policy complete the prompts. Returns the Rollout, the completions, and what `compare` says of them."""
+    """Let the policy complete the prompts. Returns the Rollout, its completions as a reward gets them, and what `compare` says."""
     rollout = sample(policy, [tokenizer.encode(p) for p in prompts], config.max_new_tokens, tokenizer.eos_token, temperature, generator)
     compared = compare(rollout, reference, temperature or 1)
-    return rollout, with_figures(rollout.completions(tokenizer), rollout, compared[1], tokenizer.eos_token), compared
+    mask, ref_logp = rollout.mask, compared[1]  # (B, T)
+    length = mask.sum(1)  # (B,)
+    ended = (mask & (rollout.tokens[:, 1:] == tokenizer.eos_token)).any(1)
+    fluency = ref_logp.masked_fill(~mask, 0).sum(1) / length
+    figures = zip(rollout.completions(tokenizer), length.tolist(), ended.tolist(), fluency.tolist())
+    return rollout, [Text(completion, length=n, ended=e, fluency=f) for completion, n, e, f in figures], compared
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
@@ -385,7 +378,8 @@ def evaluate(task, policy, reference, tokenizer, config):
         rewards += score(task.reward, part, completions)
         metrics += rewards[-len(part):] if task.metric is task.reward else score(task.metric, part, completions)
         sums += torch.stack([kl[rollout.mask].sum(), H[rollout.mask].sum(), rollout.mask.sum()]).cpu()
-    greedy = [value for part, _, completions, _ in episodes(task.heldout, 0) for value in score(task.metric, part, completions)]
+    greedy = [value for part, _, completions, _ in episodes(task.heldout, 0)
+              for value in score(task.metric, part, completions)]
     kl, H = (sums[:2] / sums[2]).tolist()
     texts = [completion for _, completion in pairs]
     return {"reward": fmean(rewards), "reward_ci": 1.96 * stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else math.nan,
@@ -409,8 +403,8 @@ def report(task, *columns):
     """Print the figures of `evaluate`, a column for each (title, figures)."""
     metric = name_of(task.metric)
     rows = {"reward": "reward", "± (95%)": "reward_ci", metric: "metric", f"{metric}, greedy": "greedy",
-            "KL to the start, nats": "kl", "entropy, nats": "entropy", "distinct words": "distinct_1", "distinct pairs": "distinct_2",
-            "length, tokens": "length", "ended": "ended"}
+            "KL to the start, nats": "kl", "entropy, nats": "entropy", "distinct words": "distinct_1",
+            "distinct pairs": "distinct_2", "length, tokens": "length", "ended": "ended"}
     print(f"\n{'on held-out prompts':24}" + "".join(f"{title:>9}" for title, _ in columns).rstrip())
     for label, name in rows.items():
         print(f"{label:24}" + "".join(f"{figures[name]:9.3f}" for _, figures in columns))
@@ -424,6 +418,7 @@ def train(config):
     """One run, whole."""
     device, run, task = pick_device(config), claim_run(config), load_task(config.task, config.pretrain_seed)
     policy, tokenizer, pretraining = pretrained(config, task, device)
+    vars(config).update(asdict(policy.config), tokenizer="gpt2" if tokenizer.merges is None else "bpe")  # as they are
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
@@ -468,11 +463,13 @@ def train(config):
     after, texts_after = evaluate(task, policy, reference, tokenizer, config)
     show(texts_before, texts_after)
     report(task, ("before", before), ("after", after))
-    figures = {f"{name}_{when}": value for when, side in (("before", before), ("after", after)) for name, value in side.items() if name != "kl"}
+    figures = {f"{name}_{when}": value for when, side in (("before", before), ("after", after))
+               for name, value in side.items() if name != "kl"}
     write_json(run / "result.json", {
-        "task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed, "metric": name_of(task.metric),
-        **figures, "kl": after["kl"], "bits_per_byte": pretraining["bits_per_byte"], "iterations": config.iterations, "seconds_pretrain": pretraining["seconds"],
-        "seconds_rl": seconds_rl, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        "task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed,
+        "metric": name_of(task.metric), **figures, "kl": after["kl"], "iterations": config.iterations,
+        "bits_per_byte": pretraining["bits_per_byte"], "seconds_pretrain": pretraining["seconds"], "seconds_rl": seconds_rl,
+        "threads": torch.get_num_threads(), "torch": torch.__version__})
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}")
 
 
@@ -481,12 +478,12 @@ def look(run, given):
     takes = ("task", "eval_episodes", "batch_size", "max_new_tokens", "temperature", "device", "threads")
     for name in given:
         if name not in takes:
-            raise BadInput(f"--{name.replace('_', '-')} has no meaning for --eval: it takes --" + ", --".join(takes).replace("_", "-"))
+            raise BadInput(f"--{name} has no meaning for --eval, which takes --{', --'.join(takes)}".replace("_", "-"))
     policy, reference, tokenizer, more = load_checkpoint(run)
     try:
         config = checked(Config(**{**more["config"], **given}))
     except (KeyError, TypeError):
-        raise BadInput(f"{run} says nothing of its task that this version understands: give a run's directory, as in runs/NAME")
+        raise BadInput(f"{run} does not say what it was trained for: give a run's directory, as in runs/NAME")
     if config.task not in TASKS and "task" not in given:  # a checkpoint's word is not enough to execute a file
         raise BadInput(f"{run} was trained on a task of its own: add --task {config.task} to execute that file")
     device, task = pick_device(config), load_task(config.task, config.pretrain_seed)

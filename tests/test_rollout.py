@@ -82,7 +82,7 @@ def test_gpt2_vocabulary_that_cannot_be_fetched(monkeypatch):
 def test_a_vocabulary_is_learned_from_a_sample(texts):
     tokenizer = Tokenizer.learn(texts, 270)  # from all of it this would take minutes
     assert tokenizer.vocab_size == 270 and tokenizer.decode(tokenizer.encode(texts[0][:500])) == texts[0][:500]
-    assert len(tokenizer.encode(texts[0])) < 0.7 * len(texts[0].encode())
+    assert len(tokenizer.encode(texts[0])) < 0.8 * len(texts[0].encode())
 
 
 def test_sizes_count_bytes():
