@@ -24,8 +24,8 @@ class GPTConfig:
     n_embd: int = 128  # width, a multiple of n_head
 
     def __post_init__(self):
-        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise ValueError(f"every size of a GPT must be at least 1: {self}")
+        if not all(isinstance(size, int) and size >= 1 for size in vars(self).values()):
+            raise ValueError(f"every size of a GPT must be a whole number of at least 1: {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
 
@@ -230,6 +230,8 @@ def read_gpt2(path):
                    if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which some files hold too
     except FileNotFoundError:
         raise ValueError(f"there is no {file}: a GPT-2 is config.json with pytorch_model.bin or model.safetensors in a directory")
+    except KeyError as e:
+        raise ValueError(f"{file} is not of a GPT-2: it lacks {e}")
     except ImportError:
         raise ValueError(f"{file} takes a package that is not here: pip install safetensors, or put pytorch_model.bin beside it")
     except Exception as e:  # a damaged file can raise nearly anything

@@ -23,7 +23,8 @@ class Text(str):
     """A string that carries more than its characters: Text("7+5=", answer="12").answer is "12".
 
     A prompt may carry what its reward is to compare with. A completion carries `length`, its tokens with the end of text;
-    `ended`, whether it has one; and `fluency`, the mean log-likelihood per token, in nats, that the reference gives it.
+    `ended`, whether it has one; and `fluency`, the mean log-likelihood per token, in nats, that the reference gives it, at the
+    run's temperature. The reference is the policy as it was before RL.
     """
 
     def __new__(cls, text, **more):
@@ -61,16 +62,16 @@ def repetition(prompt, completion):
 
 def contains(word):
     """The reward 1.0 for completions in which the word occurs, in capitals or not, also within another."""
-    def reward(prompt, completion):
+    def contained(prompt, completion):
         return float(word.lower() in completion.lower())
-    return reward
+    return contained
 
 
 def length(target):
     """The reward 1.0 for completions of `target` words, falling evenly to 0 at none and at twice as many."""
-    def reward(prompt, completion):
+    def near(prompt, completion):
         return max(0.0, 1 - abs(len(words(completion)) - target) / target)
-    return reward
+    return near
 
 
 def fluency(prompt, completion):
@@ -105,6 +106,10 @@ def load_task(name, seed):
         value = [value] if isinstance(value, str) and field == "corpus" else value
         if not (isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)):
             raise BadTask(f"{name}: {field} must be a list of texts")
+        try:
+            "".join(value).encode()
+        except UnicodeEncodeError:
+            raise BadTask(f"{name}: {field} is no Unicode text: read its files with encoding=\"utf-8\" and errors=\"strict\"")
         return list(value)
 
     missing = [field for field in ("prompts", "heldout", "reward") if field not in names]
@@ -130,19 +135,20 @@ def score(function, prompts, completions):
 
     Raises BadTask where it fails (the cause is its own error) or gives anything but one finite number each.
     """
-    pairs, values = list(zip(prompts, completions)), []
-    about = lambda pair: "prompt {!r} and completion {!r}".format(*map(str, pair))
+    pairs, values, together = list(zip(prompts, completions)), [], getattr(function, "batched", False)
     name = getattr(function, "__name__", "reward")
+    about = lambda pair: "prompt {!r} and completion {!r}".format(*map(str, pair))
+    pair = pairs[0]
     try:
-        if getattr(function, "batched", False):
-            pair = pairs[0]
-            values = list(function(list(prompts), list(completions)))
+        if together:
+            values = function(list(prompts), list(completions))
         else:
             for pair in pairs:
                 values.append(function(*pair))
-    except Exception as e:
-        where = f"a batch that begins with {about(pair)}" if getattr(function, "batched", False) else about(pair)
+    except (Exception, SystemExit) as e:
+        where = ("a batch that begins with " if together else "") + about(pair)
         raise BadTask(f"{name} failed on {where}: {one_line(e)}") from e.with_traceback(e.__traceback__.tb_next)
+    values = list(values) if hasattr(values, "__len__") else [values]
     if len(values) != len(pairs):
         raise BadTask(f"{name} gave {len(values)} numbers for {len(pairs)} completions: it must give one for each")
     values = [v.tolist() if hasattr(v, "tolist") else v for v in values]  # what numpy and torch call a number

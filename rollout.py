@@ -5,10 +5,12 @@
 
 import argparse
 import codecs
+import contextlib
 import math
 import os
 import shutil
 import sys
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,13 +58,14 @@ class Tokenizer:
         return cls(tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special), merges)
 
     @classmethod
-    def learn(cls, texts, vocab_size, sample_bytes=20_000):
-        """Learn at most vocab_size ≥ 257 tokens (256 bytes, merges, the end of text) from a spread of the texts.
+    def learn(cls, texts, vocab_size, sample_size=20_000):
+        """Learn at most vocab_size ≥ 257 tokens (256 bytes, merges, the end of text) from a sample of the texts.
 
+        sample_size: characters, in pieces from all over the texts; the trainer's time grows with it.
         Where there is too little to merge, the number of merges is halved until there is enough.
         """
         pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
-        stride = max(1, sum(map(len, texts)) // sample_bytes)
+        stride = max(1, sum(map(len, texts)) // sample_size)
         data, merges = "\n".join(pieces[::stride]), vocab_size - 257
         while True:
             try:
@@ -79,7 +82,7 @@ class Tokenizer:
             return cls(tiktoken.get_encoding("gpt2"))
         except Exception as e:  # whatever the network or the cache can raise
             raise BadInput("GPT-2's vocabulary is not here: let tiktoken fetch it once where there is a network, and set "
-                           f"TIKTOKEN_CACHE_DIR to its folder; or use --tokenizer bpe ({type(e).__name__})")
+                           f"TIKTOKEN_CACHE_DIR to its folder ({type(e).__name__})")
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -220,9 +223,10 @@ def write_atomically(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         os.replace(beside, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as the latter
-        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
-        raise BadInput(f"cannot write {path}: free some space or choose another place ({e})")
+    except Exception as e:  # for a full disk, torch and safetensors have errors of their own
+        with contextlib.suppress(OSError):
+            shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+        raise BadInput(f"cannot write {path}: free some space or choose another place ({' '.join(str(e).split())})")
 
 
 def save_checkpoint(path, policy, tokenizer, **more):
@@ -252,10 +256,10 @@ def load_checkpoint(path, device="cpu"):
         return policy, reference, tokenizer, state
     except BadInput:
         raise
-    except OSError as e:
-        raise BadInput(f"cannot read {path}: {e.strerror or e}")
+    except PermissionError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}")
     except Exception as e:  # a damaged file can raise nearly anything
-        raise BadInput(f"{path} is damaged or no checkpoint of ours: give another, or train it again ({type(e).__name__})")
+        raise BadInput(f"{path} is damaged or no checkpoint of ours: delete it, or give another ({type(e).__name__})")
 
 
 def is_gpt2(init):
@@ -276,11 +280,9 @@ def load_weights(init, device="cpu"):
         policy = GPT.from_gpt2(path)
     except ValueError as e:
         raise BadInput(f"{e}")
-    tokenizer = Tokenizer.gpt2()
-    if policy.config.vocab_size != tokenizer.vocab_size:
-        raise BadInput(f"{path} has {policy.config.vocab_size} tokens, and GPT-2's vocabulary, the only one known here, "
-                       f"{tokenizer.vocab_size}")
-    return policy.to(device), tokenizer
+    if policy.config.vocab_size != 50257:
+        raise BadInput(f"{path} has {policy.config.vocab_size} tokens, and GPT-2's vocabulary, the only one known here, 50257")
+    return policy.to(device), Tokenizer.gpt2()
 
 
 def fetch_gpt2():
@@ -333,10 +335,39 @@ def talk(prompt, policy, reference, tokenizer, args, temperature, generator):
             print(explain(rollout, row, reference, tokenizer, temperature))
 
 
+def command(body, *errors):
+    """Run the body of a command. What a user can mend is one line and exit status 2; an error of his own code, its traceback too."""
+    with contextlib.suppress(AttributeError):  # what stands in for standard output in a notebook or a test
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        body()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read this has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (BadInput, OSError, *errors) as e:
+        if isinstance(e, errors) and e.__cause__:
+            traceback.print_exception(e.__cause__)
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def lines():
+    """The lines of standard input but for empty ones. Raises BadInput."""
+    if sys.stdin is None:
+        raise BadInput("there is no standard input: give --prompt")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    try:
+        yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
+    except UnicodeDecodeError:
+        raise BadInput("standard input is not UTF-8 text")
+
+
 def main(argv=None):
     parser = ArgumentParser(description="Sample completions from a trained policy.")
     parser.add_argument("run", help="a run's directory, as in runs/NAME, or a checkpoint")
-    parser.add_argument("--prompt", help="the text to complete, without a space at its end (default: standard input, a prompt a line)")
+    parser.add_argument("--prompt", help="the text to complete, without a space at its end (default: each line of standard input)")
     parser.add_argument("-n", type=int, default=4, help="completions of each prompt (default 4)")
     parser.add_argument("--max-new-tokens", type=int, help="longest completion, tokens (default: what the context holds)")
     parser.add_argument("--temperature", type=float, help="divides the logits (default: as it was trained)")
@@ -344,9 +375,10 @@ def main(argv=None):
     parser.add_argument("--top-k", type=int, default=0, help="only among the K likeliest tokens (default 0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="only among the fewest that hold this probability (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
-    parser.add_argument("--logprobs", action="store_true", help="each token's probability, and what it was before the RL")
+    parser.add_argument("--logprobs", action="store_true", help="each token's probability, before any cut, and what it was before RL")
     parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel, and end")
-    try:
+
+    def body():
         args = parser.parse_args(argv)
         if min(args.n, 1 if args.max_new_tokens is None else args.max_new_tokens) < 1:
             raise BadInput("-n and --max-new-tokens must be at least 1")
@@ -362,19 +394,10 @@ def main(argv=None):
             return
         temperature = 0 if args.greedy else args.temperature or more.get("config", {}).get("temperature", 1.0)
         generator = torch.Generator().manual_seed(args.seed)
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-        prompts = [args.prompt] if args.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
-        for prompt in prompts:
+        for prompt in lines() if args.prompt is None else [args.prompt]:
             talk(prompt, policy, reference, tokenizer, args, temperature, generator)
-    except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except UnicodeDecodeError:
-        print("error: standard input is not UTF-8 text", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read this has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return command(body)
 
 
 if __name__ == "__main__":

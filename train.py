@@ -14,7 +14,6 @@ import shutil
 import sys
 import textwrap
 import time
-import traceback
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, stdev
@@ -27,7 +26,7 @@ from algos import (Batch, chosen, entropy, fit_critic, gradient_step, kl_diverge
                    trpo)
 from model import GPT, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, distinct_n, load_task, score
-from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, is_gpt2, load_checkpoint, load_weights, sample,
+from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, command, is_gpt2, load_checkpoint, load_weights, sample,
                      save_checkpoint, write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
@@ -84,7 +83,7 @@ class Config:
     max_new_tokens: int = option(40, "longest completion, tokens", 1)
     temperature: float = option(1.0, "of the policy that is sampled and trained", 1e-3)
     kl_coef: float = option(0.1, "reward taken per nat away from the pretrained policy", 0)
-    gamma: float = option(1.0, "discount per token", 0, 1)
+    gamma: float = option(1.0, "returns and gae: discount per token", 0, 1)
     lam: float = option(0.95, "GAE's lambda", 0, 1)
     whiten: int = option(1, "1 scales advantages to mean 0 and variance 1, 0 leaves them", 0, 1)
     # the updates
@@ -102,7 +101,7 @@ class Config:
     backtracks: int = option(10, "trpo: halvings of the step before it is rejected", 0)
     critic_lr: float = option(1e-3, "Adam's learning rate for the critic", 0)
     critic_epochs: int = option(2, "the critic's passes over the batch", 1)
-    eval_episodes: int = option(1000, "sampled completions of held-out prompts per evaluation", 1)
+    eval_episodes: int = option(1000, "sampled completions of held-out prompts per evaluation", 2)
     save_every: int = option(20, "iterations between checkpoints", 1)
 
 
@@ -127,10 +126,12 @@ def command_line(argv):
 def configure(given):
     """The Config of a run. What is not given comes from DEFAULTS, then from the fields. Raises BadInput."""
     first = Config(**given)
-    if first.init:
+    if "init" in given:
         fixed = [name for name in ("tokenizer", *GPTConfig.__dataclass_fields__) if name in given]
         if fixed:
             raise BadInput(f"--{fixed[0].replace('_', '-')} comes with the weights of --init: leave it out")
+        if not first.init:
+            raise BadInput("--init is empty: give a run, a checkpoint or a GPT-2, or leave it out")
     weights = first.init and ("init gpt2" if is_gpt2(first.init) else "init")
     own = {}
     for name in (first.advantage, first.algo, first.task, weights):  # the last has the last word
@@ -248,7 +249,7 @@ def pretrained(config, task, device):
     imitate(policy, rows, config, generator)
     more = {"bits_per_byte": bits_per_byte(policy, heldout, tokenizer.sizes(), config.pretrain_batch),
             "seconds": time.perf_counter() - start}
-    save_checkpoint(path, policy, tokenizer, config=asdict(config), **more)
+    save_checkpoint(path, policy, tokenizer, config=asdict(config) | asdict(policy.config), **more)
     print(f"pretrained weights to {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, more
 
@@ -326,7 +327,7 @@ def compare(rollout, reference, temperature):
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
     """Let the policy complete the prompts. Returns the Rollout, its completions as a reward gets them, and what `compare` says."""
     rollout = sample(policy, [tokenizer.encode(p) for p in prompts], config.max_new_tokens, tokenizer.eos_token, temperature, generator)
-    compared = compare(rollout, reference, temperature or 1)
+    compared = compare(rollout, reference, config.temperature)
     mask, ref_logp = rollout.mask, compared[1]  # (B, T)
     length = mask.sum(1)  # (B,)
     ended = (mask & (rollout.tokens[:, 1:] == tokenizer.eos_token)).any(1)
@@ -382,7 +383,7 @@ def evaluate(task, policy, reference, tokenizer, config):
               for value in score(task.metric, part, completions)]
     kl, H = (sums[:2] / sums[2]).tolist()
     texts = [completion for _, completion in pairs]
-    return {"reward": fmean(rewards), "reward_ci": 1.96 * stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else math.nan,
+    return {"reward": fmean(rewards), "reward_ci": 1.96 * stdev(rewards) / math.sqrt(len(rewards)),
             "metric": fmean(metrics), "greedy": fmean(greedy), "kl": kl, "entropy": H,
             "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
             "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}, pairs
@@ -401,13 +402,15 @@ def show(before, after, count=6):
 
 def report(task, *columns):
     """Print the figures of `evaluate`, a column for each (title, figures)."""
-    metric = name_of(task.metric)
-    rows = {"reward": "reward", "± (95%)": "reward_ci", metric: "metric", f"{metric}, greedy": "greedy",
-            "KL to the start, nats": "kl", "entropy, nats": "entropy", "distinct words": "distinct_1",
-            "distinct pairs": "distinct_2", "length, tokens": "length", "ended": "ended"}
-    print(f"\n{'on held-out prompts':24}" + "".join(f"{title:>9}" for title, _ in columns).rstrip())
-    for label, name in rows.items():
-        print(f"{label:24}" + "".join(f"{figures[name]:9.3f}" for _, figures in columns))
+    name = name_of(task.metric)
+    rows = [("reward", "reward"), ("± (95%)", "reward_ci"), (name, "metric"), (f"{name}, greedy", "greedy"),
+            ("KL to the reference, nats", "kl"), ("entropy, nats", "entropy"), ("distinct words", "distinct_1"),
+            ("distinct pairs", "distinct_2"), ("length, tokens", "length"), ("ended", "ended")]
+    if task.metric is task.reward:
+        rows.remove((name, "metric"))
+    print(f"\n{'on held-out prompts':26}" + "".join(f"{title:>9}" for title, _ in columns).rstrip())
+    for label, figure in rows:
+        print(f"{label:26}" + "".join(f"{figures[figure]:9.3f}" for _, figures in columns))
 
 
 def name_of(metric):
@@ -441,7 +444,11 @@ def train(config):
     with open(run / "metrics.csv", "w") as metrics:
         for iteration in range(1, config.iterations + 1):
             began = time.perf_counter()
-            batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
+            try:
+                batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
+            except BadTask:
+                save(iteration - 1)  # since when no weight has moved
+                raise
             stats |= update(policy, batch, optimizer, config, generators["update"])
             if critic:
                 stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
@@ -461,8 +468,6 @@ def train(config):
     seconds_rl = time.perf_counter() - start
 
     after, texts_after = evaluate(task, policy, reference, tokenizer, config)
-    show(texts_before, texts_after)
-    report(task, ("before", before), ("after", after))
     figures = {f"{name}_{when}": value for when, side in (("before", before), ("after", after))
                for name, value in side.items() if name != "kl"}
     write_json(run / "result.json", {
@@ -470,12 +475,14 @@ def train(config):
         "metric": name_of(task.metric), **figures, "kl": after["kl"], "iterations": config.iterations,
         "bits_per_byte": pretraining["bits_per_byte"], "seconds_pretrain": pretraining["seconds"], "seconds_rl": seconds_rl,
         "threads": torch.get_num_threads(), "torch": torch.__version__})
+    show(texts_before, texts_after)
+    report(task, ("before", before), ("after", after))
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}")
 
 
 def look(run, given):
     """Print the held-out figures of a run or checkpoint. given: what the command line says beside --eval."""
-    takes = ("task", "eval_episodes", "batch_size", "max_new_tokens", "temperature", "device", "threads")
+    takes = ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads")
     for name in given:
         if name not in takes:
             raise BadInput(f"--{name} has no meaning for --eval, which takes --{', --'.join(takes)}".replace("_", "-"))
@@ -488,24 +495,22 @@ def look(run, given):
         raise BadInput(f"{run} was trained on a task of its own: add --task {config.task} to execute that file")
     device, task = pick_device(config), load_task(config.task, config.pretrain_seed)
     policy, reference = policy.to(device), reference.to(device)
-    check_fit([tokenizer.encode(p) for p in task.prompts + task.heldout], config.max_new_tokens, config.block_size)
+    check_fit([tokenizer.encode(p) for p in task.heldout], config.max_new_tokens, policy.config.block_size)
     figures, pairs = evaluate(task, policy, reference, tokenizer, config)
     for prompt, completion in pairs[:6]:
         print(prompt + completion)
     report(task, ("", figures))
-    print(f"{config.eval_episodes} sampled completions of {len(task.heldout)} held-out prompts, at temperature {config.temperature}")
+    asked = min(config.eval_episodes, len(task.heldout))
+    print(f"{config.eval_episodes} sampled completions of {asked} held-out prompts, at temperature {config.temperature}")
 
 
 def main(argv=None):
-    try:
+    def body():
         given = command_line(argv)
         run = given.pop("eval", None)
-        look(run, given) if run else train(configure(given))
-    except (BadInput, BadTask) as e:
-        if e.__cause__:  # an error of the task's own code
-            traceback.print_exception(e.__cause__)
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        train(configure(given)) if run is None else look(run, given)
+
+    return command(body, BadTask)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ class Malice:
 @pytest.mark.parametrize("damage, says", [
     (lambda d: (d / "config.json").unlink(), "config.json"), (lambda d: (d / "config.json").write_text('{"n_embd": 4'), "config.json"),
     (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "config.json"), (lambda d: (d / "config.json").write_text("[]"), "config.json"),
-    (lambda d: edit(d, n_layer=None), "config.json"), (lambda d: edit(d, n_head=5), "n_head 5"), (lambda d: edit(d, n_embd="48"), "config.json"),
+    (lambda d: edit(d, n_layer=None), "lacks 'n_layer'"), (lambda d: edit(d, n_head=5), "n_head 5"), (lambda d: edit(d, n_embd="48"), "config.json"), (lambda d: edit(d, n_embd=48.0), "config.json"),
     (lambda d: edit(d, activation_function="relu"), "activation_function is 'relu'"), (lambda d: edit(d, n_inner=100), "n_inner is 100"),
     (lambda d: edit(d, model_type="llama"), "model_type is 'llama'"), (lambda d: edit(d, vocab_size=51), "wte.weight is (50, 48)"),
     (lambda d: (d / "pytorch_model.bin").unlink(), "there is no"), (lambda d: cut(d / "pytorch_model.bin"), "half-written"),

@@ -175,8 +175,12 @@ def test_a_score_that_is_no_number_is_named(value):
 def test_a_batch_with_missing_scores():
     with pytest.raises(BadTask, match="1 numbers for 2"):
         score(batched(lambda p, c: [1.0]), ["a", "b"], ["x", "y"])
-    with pytest.raises(BadTask, match="failed on a batch that begins with prompt 'a'"):
+    with pytest.raises(BadTask, match="1 numbers for 2"):
         score(batched(lambda p, c: None), ["a", "b"], ["x", "y"])
+    with pytest.raises(BadTask, match="failed on a batch that begins with prompt 'a'"):
+        score(batched(lambda p, c: p + 1), ["a", "b"], ["x", "y"])
+    with pytest.raises(BadTask, match="SystemExit"):
+        score(lambda p, c: exec("raise SystemExit(0)"), ["a"], ["x"])
 
 
 def test_an_error_in_a_reward_keeps_its_own_traceback():

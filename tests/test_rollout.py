@@ -376,9 +376,10 @@ def test_a_terminal_sees_the_same_text_as_it_comes(run, capsys, monkeypatch):
 
 def test_standard_input_is_a_prompt_a_line(run):
     ask = lambda data: subprocess.run([sys.executable, ROOT / "rollout.py", run, "-n", "2", "--max-new-tokens", "3"], input=data, capture_output=True)
-    lines = ask("the plot\n中文\n".encode()).stdout.decode()
+    lines = ask("\ufeffthe plot\r\n\n中文".encode()).stdout.decode()
     assert len(re.findall("^the plot", lines, re.M)) == 2 and len(re.findall("^中文", lines, re.M)) == 2
-    for data in (b"\xff\xfe\n", b"the\n\nplot\n", b"the" * 99):
+    assert ask(b"").stdout == b""
+    for data in (b"\xff\xfe\n", b"the" * 99):
         done = ask(data)
         assert done.returncode == 2 and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
 
@@ -405,9 +406,30 @@ def test_export(run, capsys):
     assert json.loads((run / "gpt2" / "config.json").read_text())["eos_token_id"] == 261
     before = (run / "gpt2" / "config.json").read_bytes()
     assert rollout.main([str(run), "--export", str(run / "gpt2")]) == 2 and (run / "gpt2" / "config.json").read_bytes() == before
-    assert rollout.main([str(run), "--export", "/proc/nowhere/gpt2"]) == 2
+    for place in ("/proc/nowhere/gpt2", run / "checkpoint.pt" / "gpt2"):
+        assert rollout.main([str(run), "--export", str(place)]) == 2
     err = capsys.readouterr().err
-    assert err.count("error: ") == err.count("\n") == 2
+    assert err.count("error: ") == err.count("\n") == 3
+
+
+def test_a_disk_that_is_full(run):
+    command = f"ulimit -f 8; exec {sys.executable} {ROOT / 'rollout.py'} {run} --export {run / 'gpt2'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write") and done.stderr.count("\n") == 1
+    assert [p.name for p in run.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_reader_that_leaves(run):
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'rollout.py'} {run} --prompt the -n 5000 --max-new-tokens 9 | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("the") and done.stdout.count("\n") == 1 and not done.stderr and done.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_an_output_that_is_full(run):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "rollout.py", run, "--prompt", "the"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("bad", ["-n 0", "--temperature -1", "--temperature 0", "--temperature nan", "--greedy --temperature 1", "--what", "--max-new-tokens 99",

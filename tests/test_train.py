@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -354,22 +355,35 @@ def test_a_book_is_one_long_text(tmp_path):
     assert json.loads((tmp_path / "out" / "mine-trpo-0" / "result.json").read_text())["bits_per_byte"] < 8
 
 
+def test_the_metric_is_not_taken_for_the_reward(tmp_path, capsys):
+    file = task_file(tmp_path, FILE + "def reward(p, c): return -5\ndef ended(p, c): return 7\nmetric = ended")
+    assert go(tmp_path / "out", "--task", file, *SMALL, "--iterations", 0) is None
+    table = re.findall(r"^(reward|ended|ended, greedy) +(\S+) ", capsys.readouterr().out, re.M)
+    assert table[:3] == [("reward", "-5.000"), ("ended", "7.000"), ("ended, greedy", "7.000")]
+
+
+def test_a_terminal_that_knows_no_unicode(tmp_path):
+    file = task_file(tmp_path, FILE.replace("the cat sat", "das Kätzchen saß").replace('"the cat"', '"das"'))
+    command = [sys.executable, ROOT / "train.py", *TINY, "--task", file, *map(str, SMALL), "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and (tmp_path / "out" / "mine-trpo-0" / "result.json").exists()
+
+
 def test_an_error_in_a_reward(tmp_path, capsys):
     file = task_file(tmp_path, FILE.replace("    return len", "    if len(calls) == 16 + 1 + 16 + 3:  # in the second iteration\n        [][completion]\n    return len"))
-    options = ["--task", file, *SMALL, "--save-every", 1, "--iterations", 9]
-    assert go(tmp_path / "out", *options) == 2
+    assert go(tmp_path / "out", "--task", file, *SMALL, "--iterations", 9) == 2
     err = capsys.readouterr().err
     *trace, last = err.splitlines()
     assert trace[0].startswith("Traceback") and f'File "{file}", line 9, in reward' in err and "train.py" not in err and "in score" not in err
     assert re.match(r"error: reward failed on prompt 'the (cat|dog)' and completion '.*': TypeError: list indices", last)
-    _, _, _, more = load_checkpoint(tmp_path / "out" / "mine-trpo-0")
-    assert more["iteration"] == 1
+    policy, reference, _, more = load_checkpoint(tmp_path / "out" / "mine-trpo-0")
+    assert more["iteration"] == 1 and not torch.equal(policy.transformer.wte.weight, reference.transformer.wte.weight)
 
 
 @pytest.mark.parametrize("source, says", [
     ("", "lacks prompts"), ("import nowhere_at_all", "ModuleNotFoundError"), (FILE.replace("corpus =", "other ="), "no corpus"), (FILE + "corpus = []", "no corpus"),
     (FILE + "corpus = ['']", "too short"), (FILE + "corpus = 'one line'", "too short"), (FILE + "def reward(p, c): return float('nan')", "one finite number"),
-    (FILE + "def reward(p, c): pass", "None"), (FILE + "def metric(p, c): return 'x'", "metric gave 'x'"),
+    (FILE + "def reward(p, c): pass", "None"), (FILE + "corpus[0] += chr(0xdc80)", "no Unicode"), (FILE + "def metric(p, c): return 'x'", "metric gave 'x'"),
     (FILE + "from reward import batched\n@batched\ndef reward(p, c): return [1.0]", "1 numbers for 16"), (FILE + "heldout = ['the ' * 30]", "context")])
 def test_a_task_that_cannot_be_used(tmp_path, capsys, source, says):
     assert go(tmp_path / "out", "--task", task_file(tmp_path, source), *SMALL, "--pretrain-steps", 2) == 2
@@ -415,7 +429,7 @@ def test_init_that_cannot_be(out, tmp_path, capsys, monkeypatch, gpt2_vocabulary
     (tmp_path / "half" / "config.json").write_text("{")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/proc/nowhere")
     capsys.readouterr()
-    for options in (["--init", out / "start", "--n-layer", 2], ["--init", out / "nowhere"], ["--init", tmp_path / "half"], ["--init", "gpt2"]):
+    for options in (["--init", out / "start", "--n-layer", 2], ["--init", ""], ["--init", out / "nowhere"], ["--init", tmp_path / "half"], ["--init", "gpt2"]):
         assert train.main([*map(str, options), "--out", str(out), "--name", "never", "--threads", "1"]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and not (out / "never").exists()
@@ -430,14 +444,14 @@ def test_eval_repeats_what_the_run_said(out, capsys):
     assert train.main(["--eval", str(out / "judged")]) is None
     figures = dict(re.findall(r"^(\S.*?) +(-?\d+\.\d+)$", capsys.readouterr().out, re.M))
     for label, name in {"reward": "reward_after", "± (95%)": "reward_ci_after", "grammatical": "metric_after", "grammatical, greedy": "greedy_after",
-                        "KL to the start, nats": "kl", "entropy, nats": "entropy_after", "distinct words": "distinct_1_after",
+                        "KL to the reference, nats": "kl", "entropy, nats": "entropy_after", "distinct words": "distinct_1_after",
                         "distinct pairs": "distinct_2_after", "length, tokens": "length_after", "ended": "ended_after"}.items():
         assert float(figures[label]) == pytest.approx(result[name], abs=6e-4), label
     assert contents(out) == before
     train.main(["--eval", str(out / "judged"), "--temperature", "0.5", "--eval-episodes", "8"])
-    assert "8 sampled completions of 40 held-out prompts, at temperature 0.5" in capsys.readouterr().out
+    assert "8 sampled completions of 8 held-out prompts, at temperature 0.5" in capsys.readouterr().out
     train.main(["--eval", str(next((out / "pretrained").glob("reviews*"))), "--eval-episodes", "8"])
-    assert re.search(r"^KL to the start, nats +0.000$", capsys.readouterr().out, re.M)
+    assert re.search(r"^KL to the reference, nats +0.000$", capsys.readouterr().out, re.M)
 
 
 def test_eval_executes_no_file_unasked(tmp_path, capsys):
@@ -459,7 +473,7 @@ def test_eval_that_cannot_be(out, tmp_path, capsys):
     policy, _, tokenizer, more = load_checkpoint(out / "shown")
     for name, change in {"old": {"config": {"no_such_option": 1}}, "mad": {"config": more["config"] | {"temperature": "hot"}}, "bare": {}}.items():
         save_checkpoint(tmp_path / f"{name}.pt", policy, tokenizer, **change)
-    for options, says in [(["nowhere"], "no checkpoint"), ([out / "shown", "--lr", 1], "--lr has no meaning"), ([out / "shown", "--temperature", 0], "--temperature"),
+    for options, says in [(["nowhere"], "no checkpoint"), ([""], "no checkpoint"), ([out / "shown", "--eval-episodes", 1], "--eval-episodes"), ([out / "shown", "--lr", 1], "--lr has no meaning"), ([out / "shown", "--temperature", 0], "--temperature"),
                           ([out / "shown", "--task", "chess"], "chess"), ([out / "shown", "--max-new-tokens", 99], "context"),
                           ([tmp_path / "old.pt"], "old.pt"), ([tmp_path / "mad.pt"], "mad.pt"), ([tmp_path / "bare.pt"], "bare.pt")]:
         capsys.readouterr()
