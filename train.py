@@ -14,6 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
+import unicodedata
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, stdev
@@ -284,7 +285,7 @@ def nll(policy, rows, reduction):
 
 @torch.no_grad()
 def bits_per_byte(policy, rows, sizes, batch_size):
-    """-log2 π per byte of text: what texts cost, whatever they are cut into. sizes: (V,) bytes of each token."""
+    """-log2 π per byte of the predicted text, so that vocabularies compare. sizes: (V,) bytes of each token."""
     nats = sum(nll(policy, part, "sum").item() for part in rows.split(batch_size))
     predicted = rows[:, 1:]
     return nats / math.log(2) / sizes[predicted[predicted >= 0]].sum().item()
@@ -392,11 +393,12 @@ def evaluate(task, policy, reference, tokenizer, config):
 def show(before, after, count=6):
     """Print some completions of the same prompts before and after, side by side."""
     width = max(30, (shutil.get_terminal_size((110, 24)).columns - 3) // 2)
+    cells = lambda text: sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)  # a Chinese character fills two
+    lines = lambda text: textwrap.wrap(text, max(1, width * len(text) // max(1, cells(text))))
     print(f"\n{'before':{width}} | after")
     for (prompt, old), (_, new) in list(zip(before, after))[:count]:
-        left, right = textwrap.wrap(prompt + old, width), textwrap.wrap(prompt + new, width)
-        for a, b in itertools.zip_longest(left, right, fillvalue=""):
-            print(f"{a:{width}} | {b}")
+        for a, b in itertools.zip_longest(lines(prompt + old), lines(prompt + new), fillvalue=""):
+            print(a + " " * (width - cells(a)), "|", b)
         print("-" * width + "-+-" + "-" * width)
 
 

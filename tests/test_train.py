@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -207,6 +208,14 @@ def test_evaluate_is_the_mean_over_held_out_prompts(world):
         entropies += (-logp.exp() * logp).sum(-1).tolist()
     assert figures["length"] == fmean(lengths)
     assert figures["kl"] == pytest.approx(fmean(kls), rel=1e-3) and figures["entropy"] == pytest.approx(fmean(entropies), rel=1e-3)
+
+
+def test_before_and_after_stand_side_by_side(capsys):
+    train.show([("春眠", "不觉晓，" * 9), ("the", " plot" * 30)], [("春眠", "处处"), ("the", " end")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
+    cells = lambda text: sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    assert len({cells(line.partition(" | ")[0]) for line in lines}) == 1 and len(lines) >= 1 + 2 + 3
+    assert "".join(line.partition(" | ")[0].strip() for line in lines[1:3]) == "春眠" + "不觉晓，" * 9
 
 
 @pytest.mark.parametrize("kind", train.ADVANTAGES)
