@@ -230,7 +230,7 @@ def pretrained(config, task, device):
     if not task.corpus:
         raise BadInput(f"{config.task} has no corpus to learn from: define one, or start from weights with --init")
     decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
-    key = hashlib.sha256(json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus]).encode())
+    key = hashlib.sha256(json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus, "1% held out"]).encode())
     for tensor in policy.state_dict().values() if policy else ():
         key.update(tensor.cpu().numpy())
     path = Path(config.out) / "pretrained" / f"{Path(config.task).stem}-{key.hexdigest()[:12]}.pt"
