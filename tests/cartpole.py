@@ -1,0 +1,119 @@
+"""CartPole-v1 through the same algorithms: `python tests/cartpole.py --algo trpo`. They do not know what they train.
+
+Episodes stand side by side, as completions do: obs (B, T, 4), and a mask that is True until the pole has fallen.
+Dynamics: Barto, Sutton & Anderson 1983, with the constants of gymnasium's CartPole-v1.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from advantage import gae, whiten
+from algos import Batch, chosen, fit_critic, ppo, reinforce, trpo
+
+ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
+LIMIT = 500  # steps after which an episode is cut, though it would go on
+
+SOLVED = 475  # steps that a hundred greedy episodes hold on average
+
+CONFIG = dict(episodes=16, iterations=200, gamma=0.99, lam=0.95, temperature=1.0, max_grad_norm=0.5, critic_lr=3e-3, critic_epochs=10,
+              minibatches=8, delta=0.01, cg_iters=10, damping=0.1, fisher_fraction=1.0, backtracks=10, lr=1e-3, clip=0.2, epochs=10,
+              target_kl=0.03, entropy_coef=0.0)
+OWN = {"reinforce": dict(lr=1e-2), "trpo": {}, "ppo": {}}
+
+
+def step(state, action):
+    """One step of 0.02 s. state: (B, 4) x, x', θ, θ'.  action: (B,) 0 pushes left, 1 right.  Returns state, fallen (B,)."""
+    x, v, angle, spin = state.unbind(-1)
+    gravity, cart, pole, half_length, tau = 9.8, 1.0, 0.1, 0.5, 0.02
+    sin, cos, total = angle.sin(), angle.cos(), cart + pole
+    push = ((2 * action - 1) * 10.0 + pole * half_length * spin ** 2 * sin) / total
+    spin_up = (gravity * sin - cos * push) / (half_length * (4 / 3 - pole * cos ** 2 / total))
+    speed_up = push - pole * half_length * spin_up * cos / total
+    state = torch.stack([x + tau * v, v + tau * speed_up, angle + tau * spin, spin + tau * spin_up], -1)
+    return state, (state[:, 0].abs() > 2.4) | (state[:, 2].abs() > math.radians(12))
+
+
+@torch.no_grad()
+def play(policy, episodes, generator, greedy=False):
+    """Episodes from random starts: obs (B, T+1, 4), actions and mask (B, T), and (B,) whether the time limit cut them."""
+    state = torch.rand(episodes, 4, generator=generator, dtype=torch.float64) * 0.1 - 0.05
+    alive, obs, actions, mask = torch.ones(episodes, dtype=torch.bool), [state.float()], [], []
+    while alive.any() and len(actions) < LIMIT:
+        logits = policy(obs[-1])
+        action = logits.argmax(-1) if greedy else logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+        state, fallen = step(state, action)
+        obs.append(state.float())
+        actions.append(action)
+        mask.append(alive)
+        alive = alive & ~fallen
+    return torch.stack(obs, 1), torch.stack(actions, 1), torch.stack(mask, 1), alive
+
+
+def mlp(outputs, generator):
+    net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
+    for layer, gain in zip(net[::2], (2 ** 0.5, 2 ** 0.5, 0.01)):
+        nn.init.orthogonal_(layer.weight, gain, generator=generator)
+        nn.init.zeros_(layer.bias)
+    return net
+
+
+class Critic(nn.Module):
+    def __init__(self, generator):
+        super().__init__()
+        self.net = mlp(1, generator)
+
+    def forward(self, obs):
+        return self.net(obs).squeeze(-1)
+
+
+def held(policy, seed):
+    """Steps that 100 greedy episodes hold on average."""
+    return play(policy, 100, torch.Generator().manual_seed(seed), greedy=True)[2].sum(1).float().mean().item()
+
+
+def learn(algo, seed, show=lambda line: None):
+    """Train until SOLVED by one hundred episodes and, to be sure, by another. Returns (the latter's mean, steps, seconds)."""
+    config = SimpleNamespace(**CONFIG | OWN[algo])
+    generator = torch.Generator().manual_seed(seed)
+    policy, critic = mlp(2, generator), Critic(generator)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr)
+    steps, start = 0, time.perf_counter()
+    for iteration in range(1, config.iterations + 1):
+        obs, actions, mask, cut = play(policy, config.episodes, generator)
+        with torch.no_grad():
+            values = critic(obs)  # (B, T+1)
+            logp = chosen(policy(obs[:, :-1]).log_softmax(-1), actions)
+        # An episode that the limit cut would have gone on: its last value stands for what it would still have earned.
+        adv, returns = gae(mask.float(), values[:, :-1], mask, config.gamma, config.lam, bootstrap=values[:, -1] * cut)
+        batch = Batch(obs[:, :-1], actions, mask, logp, whiten(adv, mask), returns)
+        stats = ALGOS[algo](policy, batch, optimizer, config, generator)
+        fit_critic(critic, batch, critic_optimizer, config, generator)
+        steps, greedy = steps + int(mask.sum()), held(policy, 10 ** 6 + seed)
+        show(f"{iteration:3d}  {steps:7,d} steps  sampled {mask.sum(1).float().mean():5.1f}  greedy {greedy:5.1f}  "
+             f"kl {stats['kl_update']:.4f}  {time.perf_counter() - start:.0f} s")
+        if greedy >= SOLVED and held(policy, 2 * 10 ** 6 + seed) >= SOLVED:
+            break
+    return held(policy, 2 * 10 ** 6 + seed), steps, time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--algo", choices=ALGOS, default="trpo")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    greedy, steps, seconds = learn(args.algo, args.seed, lambda line: print(line, flush=True))
+    print(f"{args.algo}: 100 greedy episodes hold {greedy:.1f} steps on average, after {steps:,} steps and {seconds:.0f} s of training")
+
+
+if __name__ == "__main__":
+    main()
