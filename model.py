@@ -230,6 +230,8 @@ def read_gpt2(path):
                    if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which some files hold too
     except FileNotFoundError:
         raise ValueError(f"there is no {file}: a GPT-2 is config.json with pytorch_model.bin or model.safetensors in a directory")
+    except PermissionError:
+        raise ValueError(f"{file} may not be read")
     except KeyError as e:
         raise ValueError(f"{file} is not of a GPT-2: it lacks {e}")
     except ImportError:

@@ -148,9 +148,9 @@ def score(function, prompts, completions):
     except (Exception, SystemExit) as e:
         where = ("a batch that begins with " if together else "") + about(pair)
         raise BadTask(f"{name} failed on {where}: {one_line(e)}") from e.with_traceback(e.__traceback__.tb_next)
-    values = list(values) if hasattr(values, "__len__") else [values]
-    if len(values) != len(pairs):
-        raise BadTask(f"{name} gave {len(values)} numbers for {len(pairs)} completions: it must give one for each")
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not (isinstance(values, (list, tuple)) and len(values) == len(pairs)):
+        raise BadTask(f"{name} must give a list of {len(pairs)} numbers, one for each completion of the batch")
     values = [v.tolist() if hasattr(v, "tolist") else v for v in values]  # what numpy and torch call a number
     for value, pair in zip(values, pairs):
         if not (isinstance(value, numbers.Real) and abs(value) < 1e38):  # nor NaN, nor more than float32 holds

@@ -66,7 +66,8 @@ class Tokenizer:
         """
         pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
         stride = max(1, sum(map(len, texts)) // sample_size)
-        data, merges = "\n".join(pieces[::stride]), vocab_size - 257
+        data = "\n".join(pieces[::stride])
+        merges = min(vocab_size - 257, len(data.encode()))
         while True:
             try:
                 ranks = tiktoken._educational.bpe_train(data, 256 + merges, SPLIT, visualise=None)
@@ -150,7 +151,7 @@ def check_fit(prompts, max_new_tokens, block_size):
         raise BadInput("a prompt is empty: give it at least one character")
     if longest + max_new_tokens > block_size:
         raise BadInput(f"a prompt of {longest} tokens and a completion of {max_new_tokens} exceed the context of "
-                       f"{block_size}: use a shorter prompt, a smaller --max-new-tokens or, in training, a larger --block-size")
+                       f"{block_size}: use a shorter prompt, a smaller --max-new-tokens or a model with a larger --block-size")
 
 
 def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None, top_k=0, top_p=1.0, watch=None):
@@ -224,9 +225,10 @@ def write_atomically(path, write):
         write(beside)
         os.replace(beside, path)
     except Exception as e:  # for a full disk, torch and safetensors have errors of their own
+        raise BadInput(f"cannot write {path}: free some space or choose another place ({' '.join(str(e).split())})")
+    finally:  # also where the user interrupts
         with contextlib.suppress(OSError):
             shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
-        raise BadInput(f"cannot write {path}: free some space or choose another place ({' '.join(str(e).split())})")
 
 
 def save_checkpoint(path, policy, tokenizer, **more):
@@ -245,26 +247,27 @@ def load_checkpoint(path, device="cpu"):
         path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
-        policy, reference = GPT(config).to(device), GPT(config).to(device)
+        policy, reference = GPT(config), GPT(config)
         policy.load_state_dict(weights)
         reference.load_state_dict(state.pop("reference", weights))
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError("the tokenizer is not this model's")
-        return policy, reference, tokenizer, state
     except BadInput:
         raise
     except PermissionError as e:
         raise BadInput(f"cannot read {path}: {e.strerror}")
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged or no checkpoint of ours: delete it, or give another ({type(e).__name__})")
+    return policy.to(device), reference.to(device), tokenizer, state
 
 
 def is_gpt2(init):
     """Whether `load_weights` takes this for a GPT-2, not for a checkpoint of ours."""
-    return init == "gpt2" if not Path(init).is_dir() else not (Path(init) / "checkpoint.pt").exists()
+    path = Path(init)
+    return not ((path / "checkpoint.pt").exists() or (path / "metrics.csv").exists()) if path.is_dir() else init == "gpt2"
 
 
 def load_weights(init, device="cpu"):
@@ -337,6 +340,7 @@ def talk(prompt, policy, reference, tokenizer, args, temperature, generator):
 
 def command(body, *errors):
     """Run the body of a command. What a user can mend is one line and exit status 2; an error of his own code, its traceback too."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     with contextlib.suppress(AttributeError):  # what stands in for standard output in a notebook or a test
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -349,6 +353,11 @@ def command(body, *errors):
         if isinstance(e, errors) and e.__cause__:
             traceback.print_exception(e.__cause__)
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:  # torch has no error of its own for a processor's memory
+        if "memory" not in f"{type(e).__name__} {e}".lower():
+            raise
+        print("error: this takes more memory than there is: lower --batch-size, -n or another size", file=sys.stderr)
         return 2
 
 
@@ -387,7 +396,7 @@ def main(argv=None):
         if args.temperature is not None and (args.greedy or not 1e-3 <= args.temperature < math.inf):
             raise BadInput("--temperature must be at least 0.001, and has no meaning with --greedy")
         policy, reference, tokenizer, more = load_checkpoint(args.run)
-        if args.export:
+        if args.export is not None:
             if Path(args.export).exists():
                 raise BadInput(f"{args.export} exists: give another directory to --export")
             write_atomically(Path(args.export), lambda beside: policy.to_gpt2(beside, tokenizer.eos_token))

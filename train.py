@@ -191,8 +191,11 @@ def claim_run(config):
             raise BadInput(f"cannot write in {out}: choose another --out")
         if run.exists() and not config.overwrite:
             raise BadInput(f"{run} exists: give another --name, or --overwrite to replace it")
-        if run.is_symlink() or run.exists() and not (run / "config.json").is_file():
+        if run.is_symlink() or run.exists() and not (run / "metrics.csv").is_file():
             raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
+        start = Path(config.init).resolve()
+        if config.init and run.resolve() in (start, *start.parents):
+            raise BadInput(f"--overwrite would delete {run}, which is what --init starts from: give another --name")
     except OSError as e:
         raise BadInput(f"cannot use the directory {run}: choose another --out or --name ({e.strerror})")
     return run
@@ -410,9 +413,9 @@ def report(task, *columns):
             ("distinct pairs", "distinct_2"), ("length, tokens", "length"), ("ended", "ended")]
     if task.metric is task.reward:
         rows.remove((name, "metric"))
-    print(f"\n{'on held-out prompts':26}" + "".join(f"{title:>9}" for title, _ in columns).rstrip())
+    print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>10}" for title, _ in columns).rstrip())
     for label, figure in rows:
-        print(f"{label:26}" + "".join(f"{figures[figure]:9.3f}" for _, figures in columns))
+        print(f"{label:25}" + "".join(f" {figures[figure]:9.3f}" for _, figures in columns))
 
 
 def name_of(metric):

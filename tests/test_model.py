@@ -180,6 +180,7 @@ def test_we_open_what_transformers_writes(tmp_path, form):
         theirs = theirs.half().float()
         state = {name: t.half() for name, t in theirs.transformer.state_dict().items()}
         state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(3)}
+        state |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
         torch.save(state, tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
     ours = GPT.from_gpt2(tmp_path)
@@ -219,7 +220,9 @@ class Malice:
     (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "config.json"), (lambda d: (d / "config.json").write_text("[]"), "config.json"),
     (lambda d: edit(d, n_layer=None), "lacks 'n_layer'"), (lambda d: edit(d, n_head=5), "n_head 5"), (lambda d: edit(d, n_embd="48"), "config.json"), (lambda d: edit(d, n_embd=48.0), "config.json"),
     (lambda d: edit(d, activation_function="relu"), "activation_function is 'relu'"), (lambda d: edit(d, n_inner=100), "n_inner is 100"),
-    (lambda d: edit(d, model_type="llama"), "model_type is 'llama'"), (lambda d: edit(d, vocab_size=51), "wte.weight is (50, 48)"),
+    (lambda d: edit(d, model_type="llama"), "model_type is 'llama'"),
+    (lambda d: edit(d, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
+    (lambda d: edit(d, layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"), (lambda d: edit(d, tie_word_embeddings=False), "tie_word"), (lambda d: edit(d, vocab_size=51), "wte.weight is (50, 48)"),
     (lambda d: (d / "pytorch_model.bin").unlink(), "there is no"), (lambda d: cut(d / "pytorch_model.bin"), "half-written"),
     (lambda d: (d / "pytorch_model.bin").write_bytes(b""), "half-written"), (lambda d: torch.save([1], d / "pytorch_model.bin"), "damaged"),
     (lambda d: torch.save({"transformer.wte.weight": "x"}, d / "pytorch_model.bin"), "damaged"),

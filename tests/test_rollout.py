@@ -306,8 +306,11 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch, gpt2_vocabulary):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     GPT(GPTConfig(300, 16, 1, 2, 8)).to_gpt2(tmp_path / "other", 299)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "young").mkdir()  # a run without a checkpoint yet
+    for name in ("config.json", "metrics.csv"):
+        (tmp_path / "young" / name).write_text("{}")
     for init, says in [("gpt2", f"pytorch_model.bin into {tmp_path / 'hub' / 'gpt2'}"), (tmp_path / "other", "300 tokens"),
-                       (tmp_path / "empty", "config.json"), (tmp_path / "nowhere", "nowhere")]:
+                       (tmp_path / "empty", "config.json"), (tmp_path / "young", "no checkpoint at"), (tmp_path / "nowhere", "nowhere")]:
         with pytest.raises(BadInput, match=re.escape(says)) as e:
             load_weights(str(init))
         assert "\n" not in str(e.value)
@@ -362,16 +365,17 @@ def test_options_reach_the_sampler(run, capsys):
         assert say(capsys, run, "--prompt", "the", "-n", 2, "--max-new-tokens", 9, *options) == expected
 
 
-def test_a_terminal_sees_the_same_text_as_it_comes(run, capsys, monkeypatch):
-    plain = say(capsys, run, "--prompt", "the", "-n", 3)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_terminal_sees_the_same_text_as_it_comes(run, capsys, monkeypatch, seed):
+    plain = say(capsys, run, "--prompt", "the", "-n", 3, "--seed", seed)  # some end in the middle of a character
     writes = []
 
     class Terminal(io.StringIO):
         isatty = lambda self: True
         write = lambda self, text: writes.append(text)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    rollout.main([str(run), "--prompt", "the", "-n", "3"])
-    assert "".join(writes) == plain and len(writes) > 12  # token by token
+    rollout.main([str(run), "--prompt", "the", "-n", "3", "--seed", str(seed)])
+    assert "".join(writes) == plain and len(writes) > 8  # token by token
 
 
 def test_standard_input_is_a_prompt_a_line(run):
@@ -379,24 +383,24 @@ def test_standard_input_is_a_prompt_a_line(run):
     lines = ask("\ufeffthe plot\r\n\n中文".encode()).stdout.decode()
     assert len(re.findall("^the plot", lines, re.M)) == 2 and len(re.findall("^中文", lines, re.M)) == 2
     assert ask(b"").stdout == b""
-    for data in (b"\xff\xfe\n", b"the" * 99):
+    for data in (b"\xff\xfe\n", b"the" * 99, b"z" * 24):
         done = ask(data)
         assert done.returncode == 2 and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
 
 
 def test_logprobs_are_those_of_policy_and_reference(run, capsys):
-    out = say(capsys, run, "--prompt", "the", "-n", 1, "--max-new-tokens", 6, "--logprobs", "--seed", 5)
+    out = say(capsys, run, "--prompt", "the", "-n", 2, "--max-new-tokens", 6, "--logprobs", "--seed", 5)
     policy, reference, tokenizer, _ = load_checkpoint(run)
-    r = sample(policy, [tokenizer.encode("the")], 6, 261, 0.8, torch.Generator().manual_seed(5))
-    start = len(tokenizer.encode("the"))
-    table = re.findall(r"^ +([\d.]+) +([\d.]+)  (.+)$", out, re.M)
-    assert len(table) == r.mask.sum() == r.tokens.shape[1] - start
-    sums = []
-    for model, column in ((policy, 0), (reference, 1)):
-        p = (model(r.tokens[:, :-1]) / 0.8).softmax(-1)[0, torch.arange(start - 1, r.tokens.shape[1] - 1), r.tokens[0, start:]]
-        assert [float(row[column]) for row in table] == pytest.approx(p.tolist(), abs=1e-4)
-        sums.append(f"{p.log().sum().item():.2f}")
-    assert f"log-probability {sums[0]} under the policy, {sums[1]} under the reference" in out and sums[0] != sums[1]
+    r = sample(policy, [tokenizer.encode("the")] * 2, 6, 261, 0.8, torch.Generator().manual_seed(5))
+    table, expected = re.findall(r"^ +([\d.]+) +([\d.]+)  (.+)$", out, re.M), []
+    for row in range(2):
+        steps = r.mask[row].nonzero().squeeze(1)
+        p, q = ((model(r.tokens[:, :-1]) / 0.8).softmax(-1)[row, steps, r.tokens[row, steps + 1]] for model in (policy, reference))
+        expected += zip(p.tolist(), q.tolist())
+        assert f"log-probability {p.log().sum().item():.2f} under the policy, {q.log().sum().item():.2f} under the reference" in out
+    assert len(table) == len(expected) == r.mask.sum() and any(abs(p - q) > 1e-3 for p, q in expected)
+    for row, pair in zip(table, expected):
+        assert [float(x) for x in row[:2]] == pytest.approx(pair, abs=1e-4)
 
 
 def test_export(run, capsys):
@@ -433,7 +437,7 @@ def test_an_output_that_is_full(run):
 
 
 @pytest.mark.parametrize("bad", ["-n 0", "--temperature -1", "--temperature 0", "--temperature nan", "--greedy --temperature 1", "--what", "--max-new-tokens 99",
-                                 "--max-new-tokens 0", "--seed -1", "--top-k -1", "--top-p 0", "--top-p 1.5", "--top-p nan", "--top-k many"])
+                                 "--max-new-tokens 0", "--seed -1", "--top-k -1", "--top-p 0", "--top-p 1.5", "--top-p nan", "--top-k many", "-n 99999999999999", "--export="])
 def test_bad_options(run, capsys, bad):
     for command in ([run, *bad.split()], ["nowhere", *bad.split()]):
         assert rollout.main([*map(str, command), "--prompt", "the"]) == 2

@@ -72,6 +72,15 @@ def test_a_short_run_of_each_algorithm(out, algo):
     assert more["critic"]["value_head.weight"].abs().max() > 0  # which was zero before its fit
 
 
+def test_pretraining_is_kept_for_what_decides_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "imitate", lambda *args: None)
+    monkeypatch.setattr(train, "evaluate", lambda *args: exec("raise BadInput('enough')", {"BadInput": BadInput}))
+    others = dict(pretrain_seed=1, vocab_size=300, block_size=80, n_layer=2, n_head=1, n_embd=32, pretrain_steps=9, pretrain_batch=9, pretrain_lr=0.1)
+    for count, (name, value) in enumerate([("seed", 1), *others.items(), ("algo", "ppo"), ("lr", 1)]):
+        go(tmp_path, "--name", name, f"--{name.replace('_', '-')}", value)
+        assert len(list((tmp_path / "pretrained").iterdir())) == min(count, len(others)) + 1, name
+
+
 def test_pretraining_is_done_once(out, capsys):
     go(out, "--name", "first", "--iterations", 0)
     files = {p: p.stat().st_mtime_ns for p in (out / "pretrained").iterdir()}
@@ -190,6 +199,8 @@ def test_evaluate_is_the_mean_over_held_out_prompts(world):
             if tokens[-1] == 256:
                 break
         assert completion == tokenizer.decode(tokens[len(prompt):])
+        logp = explain(reference, torch.tensor([tokens[:-1]]))[0, torch.arange(len(prompt) - 1, len(tokens) - 1), tokens[len(prompt):]]
+        assert completion.fluency == pytest.approx(logp.mean().item(), abs=1e-4)
     assert [prompt for prompt, _ in asked[50:]] == task.heldout
     assert figures["greedy"] == pytest.approx(fmean(len(completion) for _, completion in asked[50:]))
     rewards = torch.tensor([task.reward(*pair) for pair in texts], dtype=torch.float64)
@@ -254,6 +265,7 @@ def test_what_is_held_out_is_not_learned():
     rows = torch.arange(1000)[:, None]
     learn, heldout = train.split_rows(rows, torch.Generator().manual_seed(0))
     assert len(heldout) == 10 and sorted((learn[:, 0].tolist() + heldout[:, 0].tolist())) == list(range(1000))
+    assert len(train.split_rows(torch.zeros(200_000, 1), torch.Generator())[1]) == 1000
     learn, heldout = train.split_rows(rows[:2], torch.Generator())
     assert len(learn) == len(heldout) == 1
     for few in (rows[:1], torch.empty(0, 0)):
@@ -303,6 +315,7 @@ def test_a_task_file_runs_from_end_to_end(tmp_path, capsys):
     assert result["metric"] == "reward" and result["metric_after"] == pytest.approx(result["reward_after"]) and config["task"] == str(file)
     assert 0 < result["bits_per_byte"] < 8 and config["vocab_size"] < 512  # as many as the corpus gave
     out = capsys.readouterr().out
+    assert len(re.findall("^reward  ", out, re.M)) == 1
     assert re.search(r"^pretrained weights to .*/mine-\w+.pt: \d.\d+ bits per held-out byte$", out, re.M) and "\nreward, greedy " in out
 
 
@@ -325,7 +338,8 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, name):
     Path("story.txt").write_text("\n\n".join(f"{a} {b}" for a, b in zip(task.corpus[:400:2], task.corpus[1:400:2])), encoding="utf-8")
     task_file(tmp_path, examples()[name], f"{name}.py")
     assert go("runs", "--task", f"{name}.py", "--max-new-tokens", 12) is None
-    result = json.loads(Path(f"runs/{name}-trpo-0/result.json").read_text())
+    result, config = (json.loads(Path(f"runs/{name}-trpo-0/{file}.json").read_text()) for file in ("result", "config"))
+    assert config["task"] == str(tmp_path / f"{name}.py")  # to be found from anywhere
     assert result["metric"] == ("metric" if name == "story" else "reward") and math.isfinite(result["reward_after"])
 
 
@@ -393,7 +407,7 @@ def test_an_error_in_a_reward(tmp_path, capsys):
     ("", "lacks prompts"), ("import nowhere_at_all", "ModuleNotFoundError"), (FILE.replace("corpus =", "other ="), "no corpus"), (FILE + "corpus = []", "no corpus"),
     (FILE + "corpus = ['']", "too short"), (FILE + "corpus = 'one line'", "too short"), (FILE + "def reward(p, c): return float('nan')", "one finite number"),
     (FILE + "def reward(p, c): pass", "None"), (FILE + "corpus[0] += chr(0xdc80)", "no Unicode"), (FILE + "def metric(p, c): return 'x'", "metric gave 'x'"),
-    (FILE + "from reward import batched\n@batched\ndef reward(p, c): return [1.0]", "1 numbers for 16"), (FILE + "heldout = ['the ' * 30]", "context")])
+    (FILE + "from reward import batched\n@batched\ndef reward(p, c): return [1.0]", "list of 16 numbers"), (FILE + "heldout = ['the ' * 30]", "context")])
 def test_a_task_that_cannot_be_used(tmp_path, capsys, source, says):
     assert go(tmp_path / "out", "--task", task_file(tmp_path, source), *SMALL, "--pretrain-steps", 2) == 2
     err = capsys.readouterr().err
@@ -418,6 +432,9 @@ def test_init_from_a_run(out, capsys):
     for name in ("a", "b"):
         start(f"learned-{name}", "--pretrain-steps", 3)
     assert "pretrained weights from" in capsys.readouterr().out and len(contents(out / "pretrained")) == len(cached) + 1
+    cached = contents(out / "pretrained")
+    train.main([*SHORT, *map(str, ["--out", out, "--name", "other", "--init", out / "learned-a", "--iterations", 0, "--pretrain-steps", 3])])
+    assert len(contents(out / "pretrained")) == len(cached) + 1  # other weights, another result
     a, b = (load_checkpoint(out / f"learned-{name}")[0] for name in ("a", "b"))
     assert torch.equal(a.transformer.wte.weight, b.transformer.wte.weight) and not torch.equal(a.transformer.wte.weight, source.transformer.wte.weight)
 
@@ -428,6 +445,8 @@ def test_init_from_gpt2(tmp_path, gpt2_vocabulary, algo):
     file = task_file(tmp_path, FILE.replace("corpus =", "other ="))  # nothing is learned from it
     options = "--iterations 1 --eval-episodes 8 --max-new-tokens 6 --threads 1 --batch-size 8 --minibatches 2".split()
     assert train.main(["--task", str(file), "--init", str(tmp_path / "gpt2"), "--algo", algo, "--out", str(tmp_path / "out"), *options]) is None
+    of = lambda **options: train.configure(dict(init=str(tmp_path / "gpt2"), **options))
+    assert of(task="addition", algo=algo).lr == 1e-5 and of(lr=1.0).lr == 1.0 and of(task="addition").max_new_tokens == 4
     config = json.loads((tmp_path / "out" / f"mine-{algo}-0" / "config.json").read_text())
     assert config["tokenizer"] == "gpt2" and config["n_embd"] == 8 and config["block_size"] == 32 and config["lr"] == 1e-5
 
@@ -500,7 +519,7 @@ def test_eval_that_cannot_be(out, tmp_path, capsys):
     ("--batch-size 0", "--batch-size"), ("--batch-size 18", "--group-size"), ("--minibatches 17", "--minibatches"),
     ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--temperature 0", "--temperature"), ("--delta -1", "--delta"),
     ("--fisher-fraction 0", "--fisher-fraction"), ("--fisher-fraction 1.5", "--fisher-fraction"), ("--n-head 3", "--n-head"),
-    ("--vocab-size 256", "--vocab-size"), ("--seed -1", "--seed"), ("--threads -1", "--threads"),
+    ("--vocab-size 256", "--vocab-size"), ("--block-size 1000000000000", "memory"), ("--seed -1", "--seed"), ("--threads -1", "--threads"),
     ("--advantage rloo --group-size 1", "--group-size"), ("--max-new-tokens 64", "context"), ("--block-size 8", "context"),
     ("--device cuda:77", "cuda:77"), ("--device toaster", "toaster"), ("--name a/b", "--name"), ("--name ..", "--name"),
     ("--name pretrained", "--name"), ("--out /proc/nowhere", "--out"), ("--unknown 1", "--unknown"), ("--iter 3", "--iter"),
@@ -533,6 +552,16 @@ def test_what_is_no_run_is_never_replaced(out, capsys):
     assert go(out / "file") == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 3 and all(line.startswith("error: ") for line in err)
+
+
+def test_the_weights_that_it_starts_from_are_not_overwritten(out, capsys):
+    go(out, "--name", "mother", "--iterations", 0)
+    GPT(GPTConfig(300, 16, 1, 2, 8)).to_gpt2(out / "weights", 299)
+    before = contents(out)
+    for name, init in [("mother", "mother"), ("mother", "mother/checkpoint.pt"), ("weights", "mother")]:  # the last is no run
+        assert train.main([*SHORT, "--out", str(out), "--name", name, "--init", str(out / init), "--overwrite"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and contents(out) == before
 
 
 def test_a_failed_overwrite_leaves_the_old_run(out, capsys):
