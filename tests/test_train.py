@@ -77,7 +77,7 @@ def test_pretraining_is_kept_for_what_decides_it(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *args: exec("raise BadInput('enough')", {"BadInput": BadInput}))
     others = dict(pretrain_seed=1, vocab_size=300, block_size=80, n_layer=2, n_head=1, n_embd=32, pretrain_steps=9, pretrain_batch=9, pretrain_lr=0.1)
     for count, (name, value) in enumerate([("seed", 1), *others.items(), ("algo", "ppo"), ("lr", 1)]):
-        go(tmp_path, "--name", name, f"--{name.replace('_', '-')}", value)
+        go(tmp_path, "--name", name, "--vocab-size", 260, "--max-new-tokens", 5, f"--{name.replace('_', '-')}", value)
         assert len(list((tmp_path / "pretrained").iterdir())) == min(count, len(others)) + 1, name
 
 
