@@ -7,7 +7,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -217,7 +217,6 @@ def read_gpt2(path):
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
         config = GPTConfig(*(given[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
-        n_inner = given.get("n_inner") or 4 * config.n_embd
         file = path / "model.safetensors"
         if file.exists() and not (path / "pytorch_model.bin").exists():
             from safetensors.torch import load_file
@@ -240,6 +239,7 @@ def read_gpt2(path):
         reason = " ".join(str(e).split())[:80]
         raise ValueError(f"{file} is damaged or half-written: fetch it again ({type(e).__name__}: {reason})")
     other = [f"{name} is {given.get(name)!r}" for name, value in GPT2.items() if given.get(name, value) != value]
+    n_inner = given.get("n_inner") or 4 * config.n_embd
     if n_inner != 4 * config.n_embd:
         other.append(f"n_inner is {n_inner}")
     head = tensors.pop("lm_head.weight", None)

@@ -250,9 +250,11 @@ def load_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
-        policy, reference = GPT(config), GPT(config)
+        policy = reference = GPT(config)
         policy.load_state_dict(weights)
-        reference.load_state_dict(state.pop("reference", weights))
+        if "reference" in state:
+            reference = GPT(config)
+            reference.load_state_dict(state.pop("reference"))
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError("the tokenizer is not this model's")
     except BadInput:
@@ -267,7 +269,9 @@ def load_checkpoint(path, device="cpu"):
 def is_gpt2(init):
     """Whether `load_weights` takes this for a GPT-2, not for a checkpoint of ours."""
     path = Path(init)
-    return not ((path / "checkpoint.pt").exists() or (path / "metrics.csv").exists()) if path.is_dir() else init == "gpt2"
+    if not path.is_dir():
+        return init == "gpt2"
+    return not any((path / name).exists() for name in ("checkpoint.pt", "metrics.csv"))  # a run of ours has one or both
 
 
 def load_weights(init, device="cpu"):

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import GPT, Critic, GPTConfig, gpt2_layout
+from test_rollout import Malice
 
 CONFIG = GPTConfig(vocab_size=11, block_size=12, n_layer=3, n_head=2, n_embd=8)
 
@@ -203,16 +204,6 @@ def test_every_wrong_tensor_is_named(tmp_path, monkeypatch):
                   "h.0.mlp.c_fc.weight is (192, 48) in place of (48, 192)"):
         assert words in str(e.value)
     assert "\n" not in str(e.value) and str(e.value).count(",") == 3 + 2  # those four and no other
-
-
-class Malice:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("damage, says", [
