@@ -1,10 +1,13 @@
 """Teach a tiny GPT to write, then improve it by policy gradient: `python train.py --algo trpo`.
 
 Phases: a tokenizer and a policy learned from the task's corpus (kept for the next run), a look at held-out prompts, RL, and
-the same look again. Everything goes to runs/NAME/. `python train.py --help` lists every option.
+the same look again. Everything goes to runs/NAME/. Several algorithms and seeds are several runs and one table.
+`python train.py --help` lists every option.
 """
 
 import copy
+import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -57,7 +60,7 @@ def option(default, help, low=None, high=math.inf, choices=None):
 @dataclass
 class Config:
     task: str = option("reviews", f"what to learn: {', '.join(TASKS)}, or a Python file that defines a task")
-    algo: str = option("trpo", "how to learn it", choices=ALGOS)
+    algo: str = option("trpo", f"how to learn it: {', '.join(ALGOS)}, or several with commas between, to compare")
     advantage: str = option("gae", "estimator of the advantage", choices=ADVANTAGES)
     name: str = option("", "of the run's directory (default TASK-ALGO-SEED, or TASK-ALGO-ADVANTAGE-SEED without gae)")
     out: str = option("runs", "directory of all runs and of the pretrained weights")
@@ -65,6 +68,7 @@ class Config:
     seed: int = option(0, "of everything after pretraining", 0, 10 ** 9)
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
+    tensorboard: bool = option(False, "write event files too, if tensorboard is installed")
     # the model and its pretraining
     init: str = option("", "weights to start from: a run, a checkpoint, a GPT-2's directory, or gpt2 (downloads 0.5 GB)")
     pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0, 10 ** 9)
@@ -107,10 +111,12 @@ class Config:
 
 
 def command_line(argv):
-    """What the command line gives, {option: value}; "eval" among them is not of Config. Raises BadInput."""
+    """What the command line gives, {option: value}; eval, plot and seeds are not of Config. Raises BadInput."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="Where several defaults apply, those of --init come before "
                             "the task's, then the algorithm's, the advantage's, and the first.")
     parser.add_argument("--eval", metavar="RUN", help="train nothing: print the held-out figures of a run or checkpoint")
+    parser.add_argument("--plot", metavar="RUN", nargs="+", help="train nothing: compare finished runs; seeds are averaged")
+    parser.add_argument("--seeds", metavar="N", type=int, help="train each --algo with N seeds, from --seed on, and compare")
     for f in fields(Config):
         flag, help, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
         if f.type is bool:
@@ -157,6 +163,7 @@ def checked(config):
         require(low is None or low <= value <= high and math.isfinite(value),
                 f"--{f.name.replace('_', '-')} is {value}: it must be {bound}")
     c = config
+    require(c.algo in ALGOS, f"--algo {c.algo} is not known: choose among {', '.join(ALGOS)}")
     require(c.n_embd % c.n_head == 0, f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
     require(c.batch_size % c.group_size == 0,
             f"--batch-size {c.batch_size} must be a multiple of --group-size {c.group_size}")
@@ -422,11 +429,21 @@ def name_of(metric):
     return getattr(metric, "__name__", "metric").replace("<lambda>", "metric")
 
 
+def event_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("tensorboard is not installed: pip install tensorboard, or leave --tensorboard out")
+    return SummaryWriter
+
+
 def train(config):
     """One run, whole."""
+    SummaryWriter = event_writer() if config.tensorboard else None
     device, run, task = pick_device(config), claim_run(config), load_task(config.task, config.pretrain_seed)
     policy, tokenizer, pretraining = pretrained(config, task, device)
-    vars(config).update(asdict(policy.config), tokenizer="gpt2" if tokenizer.merges is None else "bpe")  # as they are
+    if config.init:
+        vars(config).update(asdict(policy.config), tokenizer="gpt2" if tokenizer.merges is None else "bpe")  # as they are
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
@@ -442,6 +459,7 @@ def train(config):
 
     before, texts_before = evaluate(task, policy, reference, tokenizer, config)
     open_run(run, config)
+    events = SummaryWriter(str(run)) if SummaryWriter else None
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, "
           f"{torch.get_num_threads()} threads, {device}")
@@ -464,12 +482,16 @@ def train(config):
             if iteration == 1:
                 print(*row, sep=",", file=metrics)
             print(*(f"{value:.6g}" for value in row.values()), sep=",", file=metrics, flush=True)
+            for name, value in row.items() if events else ():
+                events.add_scalar(name, value, iteration)
             left = (now - start) / iteration * (config.iterations - iteration)
             print(f"{iteration:4d}/{config.iterations}  reward {stats['reward']:+.3f}  kl {stats['kl']:.4f}  "
                   f"entropy {stats['entropy']:.3f}  took {now - began:.2f} s, {left:.0f} s left", flush=True)
             if iteration % config.save_every == 0:
                 save(iteration)
     save(config.iterations)
+    if events:
+        events.close()
     seconds_rl = time.perf_counter() - start
 
     after, texts_after = evaluate(task, policy, reference, tokenizer, config)
@@ -485,12 +507,189 @@ def train(config):
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}")
 
 
-def look(run, given):
-    """Print the held-out figures of a run or checkpoint. given: what the command line says beside --eval."""
-    takes = ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads")
+# Several runs, side by side.
+
+# What may differ between the runs of one experiment; and what --init decides.
+INCIDENTAL = ("seed", "name", "out", "overwrite", "device", "threads", "tensorboard", "save_every")
+INHERITED = ("tokenizer", *GPTConfig.__dataclass_fields__)
+
+
+def plan(given):
+    """The Configs of a comparison, all algorithms of a seed before the next seed. Raises BadInput."""
+    seeds, algos, name, first = given.pop("seeds", 1), given.pop("algo", Config.algo), given.pop("name", ""), given.get("seed", 0)
+    if seeds < 1:
+        raise BadInput(f"--seeds is {seeds}: it must be at least 1")
+    return [configure({**given, "algo": algo, "seed": seed, "name": name and f"{name}-{algo}-{seed}"})
+            for seed in range(first, first + seeds) for algo in dict.fromkeys(algos.split(","))]
+
+
+def finished(config):
+    """Whether this very run is there, and whole; where it was cut short it may be made again. Raises BadInput."""
+    run = Path(config.out) / config.name
+    if config.overwrite or not run.exists():
+        return False
+    try:
+        was = json.loads((run / "config.json").read_text())
+        changed = [name for name, value in asdict(config).items() if was[name] != value
+                   and name not in INCIDENTAL[1:] and not (config.init and name in INHERITED)]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise BadInput(f"{run} is no run of ours, or of another version: give another --name")
+    if changed:
+        raise BadInput(f"{run} is there with another --{changed[0].replace('_', '-')}: give another --name, or --overwrite")
+    config.overwrite = not (run / "result.json").exists()
+    return not config.overwrite
+
+
+def train_all(configs):
+    """Train what is not finished, one run after the other, then compare."""
+    missing = [config for config in configs if not finished(config)]  # asked of all before the first is trained
+    for config in missing:
+        train(config)
+    runs = [Path(config.out) / config.name for config in configs]
+    algos = "+".join(dict.fromkeys(config.algo for config in configs))
+    side_by_side(runs, runs[0].with_name(runs[0].name.rpartition("-")[0].replace(configs[0].algo, algos)))
+
+
+def read_run(run):
+    """A finished run: (config, result, metrics {column: [a value for each iteration]}). Raises BadInput."""
+    try:
+        config, result = (json.loads((run / file).read_text()) for file in ("config.json", "result.json"))
+        with open(run / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        return config, result, {column: [float(row[column]) for row in rows] for column in rows[0]}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise BadInput(f"{run} is no finished run: give directories with a result.json, as in runs/NAME")
+
+
+def grouped(runs):
+    """{label: runs}. Runs that differ in no more than the seed stand together; the label says in what the groups do."""
+    def label(run, names):
+        values = {name: run[0].get(name, getattr(Config, name)) for name in names}
+        return " ".join(str(value) if name in ("algo", "advantage") else f"{name}={value}" for name, value in values.items())
+
+    names = ["algo"]
+    for name in ("advantage", *Config.__dataclass_fields__):  # only what tells runs apart that the names before do not
+        if name not in INCIDENTAL and len({label(run, [*names, name]) for run in runs}) > len({label(run, names) for run in runs}):
+            names.append(name)
+    groups = {}
+    for run in runs:
+        groups.setdefault(label(run, names), []).append(run)
+    return groups
+
+
+@functools.cache
+def t_quantile(df):
+    """Within ± this lie 95% of Student's t distribution with df degrees of freedom."""
+    t = torch.linspace(0, 13, 130_001, dtype=torch.float64)  # it is 12.71 for df = 1
+    density = torch.distributions.StudentT(torch.tensor(df, dtype=torch.float64)).log_prob(t).exp()
+    return t[torch.searchsorted(torch.cumulative_trapezoid(density, t), 0.475)].item()
+
+
+def interval(values):
+    """The mean of independent values, and half of its 95% interval (nan where there is but one)."""
+    n = len(values)
+    return fmean(values), t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def trailing(values, window=5):
+    """At each of the values, the mean of the last ones."""
+    return [fmean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
+
+
+def tabulate(groups):
+    """A Markdown table: for each group and figure the mean over its runs ± half of the 95% interval."""
+    runs = [run for group in groups.values() for run in group]
+    before = fmean(result["reward_before"] for _, result, _ in runs)
+    goal = before + 0.9 * (max(max(trailing(metrics["reward"])) for _, _, metrics in runs) - before)
+
+    def figures(result, metrics):
+        """{title: value}, None where there is none."""
+        there = next((i for i, reward in enumerate(trailing(metrics["reward"]), 1) if reward >= goal), None)
+        accepted, clipped = metrics.get("accepted"), metrics.get("clip_fraction")
+        return {"reward": result["reward_after"], result["metric"]: result["metric_after"], f"{result['metric']}, greedy": result["greedy_after"],
+                "KL": result["kl"], "iterations to 90%": there, "s to 90%": there and sum(metrics["seconds"][:there]),
+                "KL of an update": fmean(metrics["kl_update"]), "rejected steps": accepted and len(accepted) - sum(accepted),
+                "clip fraction": clipped and fmean(clipped)}
+
+    def cell(values):
+        some = [value for value in values if value is not None]
+        mean, half = interval(some) if some else (math.nan, math.nan)
+        text = f"{mean:.3g}" + (f" ± {half:.2g}" if half >= 0 else "") if some else ""
+        return text + (f" ({len(some)} of {len(values)})" if 0 < len(some) < len(values) else "")
+
+    table = []
+    for label, group in groups.items():
+        rows = [figures(result, metrics) for _, result, metrics in group]
+        table.append({"": label, "runs": str(len(rows)), **{title: cell([row[title] for row in rows]) for title in rows[0]}})
+    lines = [list(table[0]), *([row[title] for title in table[0]] for row in table)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    text = "\n".join("| " + " | ".join(f"{c:{w}}" for c, w in zip(line, widths)) + " |" for line in lines)
+    return text + f"\n\nMean ± half of the 95% interval over the runs; 90% of the best way up is a reward of {goal:.3f}, mean of 5 iterations."
+
+
+def curve(group, column):
+    """(means, halves of the 95% interval) of a column of metrics.csv, a value for each iteration."""
+    return zip(*(interval(values) for values in zip(*(metrics[column] for _, _, metrics in group))))
+
+
+def sparklines(groups, width=60):
+    """The mean reward of each group over its iterations as a line of blocks, all on one scale."""
+    means = {label: list(curve(group, "reward"))[0] for label, group in groups.items()}
+    step = math.ceil(max(map(len, means.values())) / width)
+    low, high = min(map(min, means.values())), max(map(max, means.values()))
+    lines = []
+    for label, values in means.items():
+        parts = [fmean(values[i:i + step]) for i in range(0, len(values), step)]
+        blocks = "".join("▁▂▃▄▅▆▇█"[int(7.999 * (part - low) / max(high - low, 1e-12))] for part in parts)
+        lines.append(f"{label:{max(map(len, means))}} {blocks} {values[0]:.3f} to {values[-1]:.3f}")
+    return "\n".join(lines)
+
+
+def draw(groups, path):
+    """The learning curves with their 95% interval, and reward against KL, as a PNG. Whether matplotlib is here to do it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    learning, frontier = figure.subplots(1, 2, sharey=True)
+    for label, group in groups.items():
+        (reward, half), (kl, _) = curve(group, "reward"), curve(group, "kl")
+        iterations = range(1, len(reward) + 1)
+        learning.plot(iterations, reward, label=label)
+        learning.fill_between(iterations, [m - h for m, h in zip(reward, half)], [m + h for m, h in zip(reward, half)], alpha=0.2)
+        frontier.plot(kl, reward, ".-", label=label)
+    learning.set(xlabel="iteration", ylabel="reward")
+    frontier.set(xlabel="KL to the reference, nats per token")
+    learning.legend()
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
+    return True
+
+
+def side_by_side(runs, path):
+    """Compare finished runs: a table, printed and saved as PATH.md, a line of blocks for each group, and PATH.png."""
+    runs = [read_run(Path(run)) for run in runs]
+    if len({config["task"] for config, _, _ in runs}) > 1:
+        raise BadInput("these runs are of different tasks: compare those of one")
+    groups = grouped(runs)
+    table, text, picture = tabulate(groups), Path(f"{path}.md"), Path(f"{path}.png")
+    write_atomically(text, lambda beside: beside.write_text(table + "\n", encoding="utf-8"))
+    drawn = draw(groups, picture)
+    print(f"\n{table}\n\nreward over the iterations\n{sparklines(groups)}\n\n{text}" +
+          (f", {picture}" if drawn else "; with matplotlib installed, a picture too"))
+
+
+def only(given, option, *takes):
+    """Raises BadInput for what has no meaning beside an option."""
     for name in given:
         if name not in takes:
-            raise BadInput(f"--{name} has no meaning for --eval, which takes --{', --'.join(takes)}".replace("_", "-"))
+            raise BadInput(f"--{name} has no meaning for --{option}, which takes --{', --'.join(takes)}".replace("_", "-"))
+
+
+def look(run, given):
+    """Print the held-out figures of a run or checkpoint. given: what the command line says beside --eval."""
+    only(given, "eval", "task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads")
     policy, reference, tokenizer, more = load_checkpoint(run)
     try:
         config = checked(Config(**{**more["config"], **given}))
@@ -512,8 +711,17 @@ def look(run, given):
 def main(argv=None):
     def body():
         given = command_line(argv)
-        run = given.pop("eval", None)
-        train(configure(given)) if run is None else look(run, given)
+        if "eval" in given:
+            look(given.pop("eval"), given)
+        elif "plot" in given:
+            runs = given.pop("plot")
+            only(given, "plot", "name", "out")
+            config = configure({"name": "plot", **given})
+            side_by_side(runs, Path(config.out) / config.name)
+        elif "seeds" in given or "," in given.get("algo", ""):
+            train_all(plan(given))
+        else:
+            train(configure(given))
 
     return command(body, BadTask)
 

@@ -1,0 +1,60 @@
+"""How noisy is the gradient under each estimator? `python tests/variance.py RUN`, RUN being one under gae, which has a critic.
+
+The run's policy and critic stand still; every estimator judges the same batches of episodes, and its gradients, one from each batch,
+are compared: the trace of their covariance over the square of their mean. A batch of N times as many episodes has an N-th of it.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train
+from algos import flatten, reinforce
+from model import Critic
+from reward import load_task
+from rollout import load_checkpoint
+
+ESTIMATORS = {"returns": dict(advantage="returns"), **{f"gae, λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)},
+              "leave-one-out": dict(advantage="rloo"), "group-normalized": dict(advantage="grpo")}
+
+
+def gradients(task, policy, reference, critic, tokenizer, config, batches):
+    """The gradients (batches, n) of the same episodes for any advantage."""
+    optimizer, found = torch.optim.SGD(policy.parameters(), lr=0.0), []
+    for seed in range(batches):
+        generators = {name: torch.Generator().manual_seed(seed) for name in ("prompts", "sample")}
+        batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
+        reinforce(policy, batch, optimizer, config)
+        found.append(flatten([p.grad for p in policy.parameters()]))
+    return torch.stack(found)
+
+
+def noise(g):
+    """tr Cov(g) / |E g|², for rows g drawn independently: without the share of the noise in the mean's square."""
+    variance = g.var(0).sum()
+    return (variance / (g.mean(0).square().sum() - variance / len(g))).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run")
+    parser.add_argument("--batches", type=int, default=100)
+    args = parser.parse_args()
+    policy, reference, tokenizer, more = load_checkpoint(args.run)
+    config = replace(train.Config(**more["config"]), whiten=0, batch_size=64, max_grad_norm=1e9)
+    critic = Critic(policy.config, policy)
+    critic.load_state_dict(more["critic"])
+    task = load_task(config.task, config.pretrain_seed)
+    print(f"{args.run}: {args.batches} batches of {config.batch_size} episodes")
+    for name, choice in ESTIMATORS.items():
+        both = gradients(task, policy, reference, critic, tokenizer, replace(config, **choice), args.batches)
+        print(f"{name:18} {noise(both):8.2f}   ({noise(both[::2]):.2f} and {noise(both[1::2]):.2f} from half of the batches each)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
