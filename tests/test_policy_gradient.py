@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from advantage import ADVANTAGES, token_rewards, whiten
-from algos import Batch, chosen, flatten, ppo, reinforce
+from algos import Batch, chosen, flatten, ppo, reinforce, trpo
 from model import GPT, Critic, GPTConfig
 
 EOS, V, T = 2, 3, 4  # tokens 0 and 1, and the end; at most 4 of them after the prompt
@@ -87,10 +87,14 @@ class World:
         policy = copy.deepcopy(self.policy)
         _, logp = self.probabilities(policy)
         batch = Batch(self.tokens[rows, :-1], self.tokens[rows, 1:], self.mask[rows], logp.detach()[rows], advantages, advantages)
-        config = SimpleNamespace(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1, entropy_coef=0)
+        config = SimpleNamespace(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1, entropy_coef=0,
+                                 delta=0.01, cg_iters=1, damping=1e9, fisher_fraction=1.0, backtracks=0)
         before = flatten(policy.parameters()).detach()
-        update(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config)
-        return (flatten(policy.parameters()).detach() - before) * self.lengths[rows].sum()
+        stats = update(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config)
+        move = flatten(policy.parameters()).detach() - before
+        if update is trpo:  # whose step, damped so much that F is nothing, has the direction of its gradient
+            move *= stats["grad_norm"] / move.norm()
+        return move * self.lengths[rows].sum()
 
     def every_gradient(self, advantages, update=reinforce):
         """For each episode (N of them) the gradient that it gives alone: (N, n)."""
@@ -127,7 +131,7 @@ def test_the_enumeration_is_whole(world):
     assert len(tree) == 31 and all(c[-1] == EOS or len(c) == T for c in tree)
 
 
-@pytest.mark.parametrize("update", [reinforce, ppo])
+@pytest.mark.parametrize("update", [reinforce, ppo, trpo])
 @pytest.mark.parametrize("kind", ["returns", "returns less a baseline of the state", "gae"])
 def test_the_policy_gradient_is_unbiased(world, truth, kind, update):
     nothing, baseline = torch.zeros_like(world.rewards), make_critic(5)(world.tokens[:, :-1]).detach()
