@@ -66,13 +66,24 @@ def minibatches(batch, epochs, parts, generator):
         yield from torch.randperm(B, generator=generator).to(device).tensor_split(parts)
 
 
+def check_finite(**quantities):
+    """Raises FloatingPointError that names the first quantity which is not finite."""
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name.replace('_', ' ')} is {value}")
+
+
 def gradient_step(model, loss, optimizer, max_grad_norm):
-    """One step down the loss; returns the gradient's norm before it was clipped to max_grad_norm."""
+    """One step down the loss; returns the gradient's norm before it was clipped to max_grad_norm.
+
+    Raises FloatingPointError, before any weight has moved, where the loss or its gradient is not finite.
+    """
     optimizer.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    check_finite(loss=loss.item(), norm_of_the_gradient=norm)
     optimizer.step()
-    return norm.item()
+    return norm
 
 
 @torch.no_grad()
@@ -233,6 +244,7 @@ def trpo(policy, batch, optimizer, config, generator=None):
     before = surrogate(logp)
     g = flatten(torch.autograd.grad(before, params, materialize_grads=True))
     old, before = logp.detach(), before.detach()
+    check_finite(surrogate=before.item(), norm_of_the_gradient=g.norm().item())
 
     B = len(batch.mask)
     rows = torch.randperm(B, generator=generator)[:math.ceil(config.fisher_fraction * B)].to(g.device)
@@ -245,10 +257,10 @@ def trpo(policy, batch, optimizer, config, generator=None):
         return surrogate(new) - before, masked_mean(kl_divergence(old, new), batch.mask)
 
     found, step = None, torch.zeros_like(x)
-    if xFx > 0:  # not for a zero gradient, nor for one that is not finite
+    if 0 < xFx < math.inf:  # not for a zero gradient, nor where the products went wrong
         step = (2 * config.delta / xFx).sqrt() * x
         found = line_search(evaluate, params, step, config.delta, config.backtracks)
     halvings, gain, kl = found or (config.backtracks + 1, 0.0, 0.0)
     return {"loss": -before.item(), "grad_norm": g.norm().item(), "kl_update": kl, "accepted": int(found is not None),
             "halvings": halvings, "gain": gain, "step_norm": step.norm().item() * 0.5 ** halvings if found else 0.0,
-            "cg_residual": (r.norm() / g.norm()).item() if xFx > 0 else 0.0}
+            "cg_residual": (r.norm() / g.norm()).item() if 0 < xFx < math.inf else 0.0}

@@ -223,6 +223,9 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
+        if beside.is_file():
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())  # so that the name never comes to disk before the content
         os.replace(beside, path)
     except Exception as e:  # for a full disk, torch and safetensors have errors of their own
         raise BadInput(f"cannot write {path}: free some space or choose another place ({' '.join(str(e).split())})")
@@ -353,6 +356,12 @@ def command(body, *errors):
     except BrokenPipeError:  # whoever read this has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except FloatingPointError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 3
     except (BadInput, OSError, *errors) as e:
         if isinstance(e, errors) and e.__cause__:
             traceback.print_exception(e.__cause__)

@@ -5,6 +5,7 @@ the same look again. Everything goes to runs/NAME/. Several algorithms and seeds
 `python train.py --help` lists every option.
 """
 
+import contextlib
 import copy
 import csv
 import functools
@@ -14,11 +15,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
 import unicodedata
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -26,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from advantage import ADVANTAGES, token_rewards, whiten
-from algos import (Batch, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, masked_mean, ppo, reinforce,
-                   trpo)
+from algos import (Batch, check_finite, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, masked_mean, ppo,
+                   reinforce, trpo)
 from model import GPT, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, distinct_n, load_task, score
 from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, command, is_gpt2, load_checkpoint, load_weights, sample,
@@ -111,11 +113,12 @@ class Config:
 
 
 def command_line(argv):
-    """What the command line gives, {option: value}; eval, plot and seeds are not of Config. Raises BadInput."""
+    """What the command line gives, {option: value}; eval, plot, resume and seeds are not of Config. Raises BadInput."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="Where several defaults apply, those of --init come before "
                             "the task's, then the algorithm's, the advantage's, and the first.")
     parser.add_argument("--eval", metavar="RUN", help="train nothing: print the held-out figures of a run or checkpoint")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="train nothing: compare finished runs; seeds are averaged")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped, or with a finished one for more --iterations")
     parser.add_argument("--seeds", metavar="N", type=int, help="train each --algo with N seeds, from --seed on, and compare")
     for f in fields(Config):
         flag, help, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
@@ -209,18 +212,56 @@ def claim_run(config):
 
 
 def open_run(run, config):
-    """Make the run's directory, in place of an older run where --overwrite was given. Raises BadInput."""
+    """Make the run's directory, whole at once, in place of an older run where --overwrite was given. Raises BadInput."""
+    beside = run.with_name(f".{run.name}.{os.getpid()}.part")
     try:
+        beside.mkdir()
+        (beside / "metrics.csv").touch()
+        write_json(beside / "config.json", asdict(config))
         if config.overwrite and run.exists():
             shutil.rmtree(run)
-        run.mkdir()
+        beside.rename(run)
     except OSError as e:
+        shutil.rmtree(beside, ignore_errors=True)
         raise BadInput(f"cannot make {run}: give another --name ({e.strerror})")
-    write_json(run / "config.json", asdict(config))
 
 
 def write_json(path, data):
     write_atomically(path, lambda beside: beside.write_text(json.dumps(data, indent=2) + "\n"))
+
+
+def states(parts):
+    """What modules, optimizers and generators hold, as plain data. parts: {name: one of them, or None}."""
+    return {name: part and (part.get_state() if isinstance(part, torch.Generator) else part.state_dict())
+            for name, part in parts.items()}
+
+
+def restore(saved, parts):
+    """The reverse of `states`."""
+    for name, part in parts.items():
+        if part is not None:
+            (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(saved[name])
+
+
+@contextlib.contextmanager
+def stopping():
+    """A list that gets the number of a first Ctrl-C or SIGTERM, to be looked at where it is safe to stop. A second one kills."""
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def note(number, frame):
+        caught.append(number)
+        for number, usual in zip(numbers, before):
+            signal.signal(number, usual)
+
+    try:
+        before = [signal.signal(number, note) for number in numbers]
+    except ValueError:  # not in the main thread, where signals never arrive
+        numbers = before = ()
+    try:
+        yield caught
+    finally:
+        for number, usual in zip(numbers, before):
+            signal.signal(number, usual)
 
 
 # Phase 1: imitation.
@@ -257,7 +298,7 @@ def pretrained(config, task, device):
         policy = GPT(shape, generator).to(device)
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
     rows, heldout = split_rows(as_rows(texts, policy.config.block_size), generator)
-    imitate(policy, rows, config, generator)
+    imitate(policy, rows, config, generator, path.with_suffix(".part"))
     more = {"bits_per_byte": bits_per_byte(policy, heldout, tokenizer.sizes(), config.pretrain_batch),
             "seconds": time.perf_counter() - start}
     save_checkpoint(path, policy, tokenizer, config=asdict(config) | asdict(policy.config), **more)
@@ -301,8 +342,11 @@ def bits_per_byte(policy, rows, sizes, batch_size):
     return nats / math.log(2) / sizes[predicted[predicted >= 0]].sum().item()
 
 
-def imitate(policy, rows, config, generator):
-    """Maximum likelihood on rows (N, T+1) of tokens: AdamW with warm-up and linear decay."""
+def imitate(policy, rows, config, generator, part):
+    """Maximum likelihood on rows (N, T+1) of tokens: AdamW with warm-up and linear decay.
+
+    part: the file that holds what is done so far, every 200 steps, and is gone in the end.
+    """
     lengths = (rows >= 0).sum(1)
 
     def batches(pool=8):  # of texts of like length, so that little is computed on padding
@@ -312,17 +356,35 @@ def imitate(policy, rows, config, generator):
             yield from drawn[torch.randperm(pool, generator=generator)]
 
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    steps, warmup, start, total = config.pretrain_steps, 50, time.perf_counter(), 0.0
-    for step, drawn in zip(range(1, steps + 1), batches()):
-        optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / warmup, 1 - step / (steps + 1))
-        loss = nll(policy, rows[drawn], "mean")
-        if not math.isfinite(gradient_step(policy, loss, optimizer, max_grad_norm=1.0)):
-            raise BadInput(f"pretraining diverged at step {step}: lower --pretrain-lr")
-        total += loss.item()
-        if step % 100 == 0:
-            seconds = time.perf_counter() - start
-            print(f"pretrain {step:5d}/{steps}  loss {total / 100:.3f} nats per token  {seconds:.0f} s", flush=True)
-            total = 0.0
+    steps, warmup, start, total, done = config.pretrain_steps, 50, time.perf_counter(), 0.0, 0
+    parts = {"policy": policy, "optimizer": optimizer, "generator": generator}
+    if part.exists():
+        try:
+            saved = torch.load(part, weights_only=True)
+            restore(saved, parts)
+            done = saved["step"]
+        except Exception as e:  # a damaged file can raise nearly anything
+            raise BadInput(f"{part} is damaged: delete it, and pretraining starts anew ({type(e).__name__})")
+        print(f"pretraining goes on after step {done}")
+    with stopping() as stop:
+        for step, drawn in zip(range(done + 1, steps + 1), batches()):
+            optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / warmup, 1 - step / (steps + 1))
+            loss = nll(policy, rows[drawn], "mean")
+            try:
+                gradient_step(policy, loss, optimizer, max_grad_norm=1.0)
+            except FloatingPointError as e:
+                raise FloatingPointError(f"pretraining diverged at step {step}, {e}: lower --pretrain-lr")
+            total += loss.item()
+            if step % 100 == 0:
+                seconds = time.perf_counter() - start
+                print(f"pretrain {step:5d}/{steps}  loss {total / 100:.3f} nats per token  {seconds:.0f} s", flush=True)
+                total = 0.0
+            if step % 200 == 0:  # a multiple of the pool
+                write_atomically(part, lambda beside: torch.save({"step": step, **states(parts)}, beside))
+            if stop:
+                print(f"stopped at step {step} of the pretraining, which is kept: the same command, or --resume, goes on")
+                sys.exit(128 + stop[0])
+    part.unlink(missing_ok=True)
 
 
 # Phase 2: episodes.
@@ -437,62 +499,87 @@ def event_writer():
     return SummaryWriter
 
 
-def train(config):
-    """One run, whole."""
+def train(config, resume=False):
+    """One run, whole, or what is left of it."""
     SummaryWriter = event_writer() if config.tensorboard else None
-    device, run, task = pick_device(config), claim_run(config), load_task(config.task, config.pretrain_seed)
-    policy, tokenizer, pretraining = pretrained(config, task, device)
-    if config.init:
-        vars(config).update(asdict(policy.config), tokenizer="gpt2" if tokenizer.merges is None else "bpe")  # as they are
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
-    optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
-    critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
-    generators = {"prompts": torch.Generator().manual_seed(10 * config.seed + 1),
-                  "sample": torch.Generator(device).manual_seed(10 * config.seed + 2),
-                  "update": torch.Generator().manual_seed(10 * config.seed + 3)}
-    update = ALGOS[config.algo]
+    device, run = pick_device(config), Path(config.out) / config.name if resume else claim_run(config)
+    task, new = load_task(config.task, config.pretrain_seed), not run.exists()
+    if new:
+        open_run(run, config)
+    try:
+        if resume and (run / "checkpoint.pt").exists():
+            policy, reference, tokenizer, more = load_checkpoint(run, device)
+        else:
+            policy, tokenizer, pretraining = pretrained(config, task, device)
+            reference, more = copy.deepcopy(policy), {"iteration": 0, "seconds": 0.0, "pretraining": pretraining}
+        if config.init:
+            vars(config).update(asdict(policy.config), tokenizer="gpt2" if tokenizer.merges is None else "bpe")  # as they are
+        reference.requires_grad_(False)
+        critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
+        optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
+        critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
+        generators = {"prompts": torch.Generator().manual_seed(10 * config.seed + 1),
+                      "sample": torch.Generator(device).manual_seed(10 * config.seed + 2),
+                      "update": torch.Generator().manual_seed(10 * config.seed + 3)}
+        parts = {"critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer, **generators}
+        if more["iteration"]:
+            restore(more, parts)
+        before, texts_before = evaluate(task, reference, reference, tokenizer, config)
+    except (BadInput, BadTask, FloatingPointError):
+        if new:  # there is nothing in it
+            shutil.rmtree(run)
+        raise
+    if not resume and not new:
+        open_run(run, config)  # in place of the old one, now that nothing is likely to go wrong
+    write_json(run / "config.json", asdict(config))
+    iteration, seconds, pretraining, rejected, update = more["iteration"], more["seconds"], more["pretraining"], 0, ALGOS[config.algo]
 
     def save(iteration):
-        save_checkpoint(run / "checkpoint.pt", policy, tokenizer, reference=reference.state_dict(), critic=critic and critic.state_dict(),
-                        config=asdict(config), iteration=iteration)
+        os.fsync(metrics.fileno())  # its rows come before what they tell of
+        save_checkpoint(run / "checkpoint.pt", policy, tokenizer, reference=reference.state_dict(), config=asdict(config),
+                        iteration=iteration, seconds=seconds, pretraining=pretraining, **states(parts))
 
-    before, texts_before = evaluate(task, policy, reference, tokenizer, config)
-    open_run(run, config)
+    cut_metrics(run / "metrics.csv", iteration)
     events = SummaryWriter(str(run)) if SummaryWriter else None
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, "
-          f"{torch.get_num_threads()} threads, {device}")
-    start = time.perf_counter()
-    with open(run / "metrics.csv", "w") as metrics:
-        for iteration in range(1, config.iterations + 1):
-            began = time.perf_counter()
+          f"{torch.get_num_threads()} threads, {device}" + (f", after iteration {iteration}" if iteration else ""))
+    with open(run / "metrics.csv", "a") as metrics, stopping() as stop:
+        for iteration in range(iteration + 1, config.iterations + 1):
+            began, batch = time.perf_counter(), None
             try:
                 batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
+                check_finite(**stats)
+                stats |= update(policy, batch, optimizer, config, generators["update"])
+                if critic:
+                    stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
             except BadTask:
                 save(iteration - 1)  # since when no weight has moved
                 raise
-            stats |= update(policy, batch, optimizer, config, generators["update"])
-            if critic:
-                stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
-            if not all(map(math.isfinite, stats.values())):
-                raise BadInput(f"training diverged at iteration {iteration}: lower the step (--lr, --critic-lr or --delta)")
-            now = time.perf_counter()
-            row = {"iteration": iteration, **stats, "seconds": now - began}
+            except FloatingPointError as e:
+                write_atomically(run / "diverged.pt", lambda beside: torch.save(vars(batch), beside))
+                raise FloatingPointError(f"training diverged at iteration {iteration}, {e}: lower the step (--lr, --critic-lr or --delta); "
+                                         f"the batch is in {run / 'diverged.pt'}")
+            took = time.perf_counter() - began
+            seconds += took
+            row = {"iteration": iteration, **stats, "seconds": took}
             if iteration == 1:
                 print(*row, sep=",", file=metrics)
             print(*(f"{value:.6g}" for value in row.values()), sep=",", file=metrics, flush=True)
             for name, value in row.items() if events else ():
                 events.add_scalar(name, value, iteration)
-            left = (now - start) / iteration * (config.iterations - iteration)
-            print(f"{iteration:4d}/{config.iterations}  reward {stats['reward']:+.3f}  kl {stats['kl']:.4f}  "
-                  f"entropy {stats['entropy']:.3f}  took {now - began:.2f} s, {left:.0f} s left", flush=True)
-            if iteration % config.save_every == 0:
+            rejected = 0 if stats.get("accepted", 1) else rejected + 1
+            print(f"{iteration:4d}/{config.iterations}  reward {stats['reward']:+.3f}  kl {stats['kl']:.4f}  entropy {stats['entropy']:.3f}  "
+                  f"took {took:.2f} s, {seconds / iteration * (config.iterations - iteration):.0f} s left"
+                  + (f"  no step ({rejected} in a row)" if rejected else ""), flush=True)
+            if iteration % config.save_every == 0 or stop:
                 save(iteration)
-    save(config.iterations)
+            if stop:
+                print(f"stopped after iteration {iteration}: python train.py --resume {run} goes on")
+                sys.exit(128 + stop[0])
+        save(iteration)
     if events:
         events.close()
-    seconds_rl = time.perf_counter() - start
 
     after, texts_after = evaluate(task, policy, reference, tokenizer, config)
     figures = {f"{name}_{when}": value for when, side in (("before", before), ("after", after))
@@ -500,11 +587,40 @@ def train(config):
     write_json(run / "result.json", {
         "task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed,
         "metric": name_of(task.metric), **figures, "kl": after["kl"], "iterations": config.iterations,
-        "bits_per_byte": pretraining["bits_per_byte"], "seconds_pretrain": pretraining["seconds"], "seconds_rl": seconds_rl,
+        "bits_per_byte": pretraining["bits_per_byte"], "seconds_pretrain": pretraining["seconds"], "seconds_rl": seconds,
         "threads": torch.get_num_threads(), "torch": torch.__version__})
     show(texts_before, texts_after)
     report(task, ("before", before), ("after", after))
-    print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds_rl:.0f} s; everything is in {run}")
+    print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
+
+
+def cut_metrics(path, rows):
+    """Leave the header and so many rows: what was done after the checkpoint will be done again. Raises BadInput."""
+    lines = path.read_text().splitlines(keepends=True)[:rows + 1] if rows else []
+    if len(lines) != (rows + 1 if rows else 0) or lines and not lines[-1].endswith("\n"):
+        raise BadInput(f"{path} has fewer rows than the checkpoint has iterations: it cannot go on from here")
+    write_atomically(path, lambda beside: beside.write_text("".join(lines)))
+
+
+def resumed(run, given):
+    """The Config of a run that is to go on. given: what the command line says beside --resume. Raises BadInput."""
+    run = Path(run)
+    only(given, "resume", "task", "iterations", "save_every", "device", "threads", "tensorboard")
+    try:
+        was = Config(**json.loads((run / "config.json").read_text()))
+        config = checked(replace(was, **given, out=str(run.parent), name=run.resolve().name, overwrite=False))
+    except BadInput:
+        raise
+    except (OSError, ValueError, TypeError):
+        raise BadInput(f"{run} is no run: give its directory, as in runs/NAME")
+    if config.task not in TASKS and "task" not in given:  # a directory's word is not enough to execute a file
+        raise BadInput(f"{run} is of a task of its own: add --task {was.task} to execute that file")
+    if config.task != was.task and str(Path(config.task).resolve()) != was.task:
+        raise BadInput(f"{run} is of the task {was.task}, and cannot go on with another")
+    done = load_checkpoint(run)[3].get("iteration", 0) if (run / "checkpoint.pt").exists() else 0
+    if config.iterations < done or config.iterations == done and (run / "result.json").exists():
+        raise BadInput(f"{run} has done {done} iterations: give more --iterations to go on")
+    return config
 
 
 # Several runs, side by side.
@@ -536,15 +652,14 @@ def finished(config):
         raise BadInput(f"{run} is no run of ours, or of another version: give another --name")
     if changed:
         raise BadInput(f"{run} is there with another --{changed[0].replace('_', '-')}: give another --name, or --overwrite")
-    config.overwrite = not (run / "result.json").exists()
-    return not config.overwrite
+    return (run / "result.json").exists()
 
 
 def train_all(configs):
     """Train what is not finished, one run after the other, then compare."""
     missing = [config for config in configs if not finished(config)]  # asked of all before the first is trained
     for config in missing:
-        train(config)
+        train(config, resume=not config.overwrite and (Path(config.out) / config.name).exists())
     runs = [Path(config.out) / config.name for config in configs]
     algos = "+".join(dict.fromkeys(config.algo for config in configs))
     side_by_side(runs, runs[0].with_name(runs[0].name.rpartition("-")[0].replace(configs[0].algo, algos)))
@@ -718,6 +833,8 @@ def main(argv=None):
             only(given, "plot", "name", "out")
             config = configure({"name": "plot", **given})
             side_by_side(runs, Path(config.out) / config.name)
+        elif "resume" in given:
+            train(resumed(given.pop("resume"), given), resume=True)
         elif "seeds" in given or "," in given.get("algo", ""):
             train_all(plan(given))
         else:

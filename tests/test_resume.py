@@ -1,0 +1,136 @@
+"""Nothing is lost: runs that are stopped, killed or out of disk go on as if nothing had been."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from rollout import load_checkpoint
+from test_train import TINY, contents
+
+ROOT = Path(__file__).parent.parent
+SMALL = [*TINY, "--save-every", "3", "--iterations", "12"]  # later options win
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A process that has imported everything and run nothing, to fork from: a start takes milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def go(out, *options):
+    return train.main([*SMALL, "--out", str(out), *map(str, options)])
+
+
+def resume(run, *options):
+    return train.main(["--resume", str(run), *map(str, options)])
+
+
+def rows(run):
+    """The lines of metrics.csv without their time."""
+    return [line.rpartition(",")[0] for line in (run / "metrics.csv").read_text().splitlines()]
+
+
+def outcome(run):
+    """Everything that a run leaves behind, but for times and its name."""
+    policy, reference, _, more = load_checkpoint(run)
+    result = json.loads((run / "result.json").read_text())
+    weights = [t.tolist() for t in (*policy.parameters(), *reference.parameters(), *more["critic"].values())]
+    return rows(run), weights, {k: v for k, v in result.items() if "seconds" not in k}, more["iteration"]
+
+
+def start(out, *options):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--out", out, *map(str, options)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("algo, number, code", [("reinforce", signal.SIGINT, 130), ("ppo", signal.SIGTERM, 143), ("trpo", signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_bit_for_bit(out, algo, number, code):
+    go(out, "--algo", algo, "--name", f"{algo}-whole")
+    run = out / f"{algo}-cut"
+    process = start(out, "--algo", algo, "--name", run.name, "--iterations", 5000)
+    wait_for(process, lambda: (run / "metrics.csv").exists() and len(rows(run)) > 4)
+    process.send_signal(number)
+    stdout, stderr = process.communicate()
+    done = len(rows(run)) - 1
+    assert process.returncode == code and not stderr
+    assert stdout.endswith(f"stopped after iteration {done}: python train.py --resume {run} goes on\n") and load_checkpoint(run)[3]["iteration"] == done
+    whole = 12
+    if done >= 12:  # a slow look at a fast run
+        whole = done + 3
+        assert resume(out / f"{algo}-whole", "--iterations", whole) is None
+    assert resume(run, "--iterations", whole) is None
+    assert outcome(run) == outcome(out / f"{algo}-whole")
+
+
+def test_more_iterations_are_what_one_longer_run_would_have_been(out):
+    go(out, "--name", "six", "--iterations", 6)
+    assert resume(out / "six", "--iterations", 12, "--save-every", 2) is None
+    go(out, "--name", "twelve")
+    assert outcome(out / "six") == outcome(out / "twelve")
+    assert json.loads((out / "six" / "config.json").read_text())["iterations"] == 12
+
+
+def test_stopped_in_pretraining(tmp_path):
+    long = ("--pretrain-steps", 1000, "--iterations", 2)
+    process = start(tmp_path, *long)
+    wait_for(process, lambda: list(tmp_path.glob("pretrained/*.part")))
+    process.terminate()
+    stdout, stderr = process.communicate()
+    assert process.returncode == 143 and not stderr and "stopped at step" in stdout
+    run = tmp_path / "reviews-trpo-0"
+    assert resume(run) is None
+    assert [p.suffix for p in (tmp_path / "pretrained").iterdir()] == [".pt"]
+    go(tmp_path / "whole", *long)
+    assert outcome(run) == outcome(tmp_path / "whole" / run.name)
+
+
+def test_killed_at_fifty_moments(tmp_path, processes):
+    """kill -9 at random: no run is lost, no more than an interval repeated, and metrics.csv is whole in the end."""
+    options = [*TINY, "--iterations", "60", "--save-every", "4", "--pretrain-steps", "300", "--eval-episodes", "2", "--algo", "reinforce"]
+    train.main([*options, "--out", str(tmp_path / "whole"), "--name", "run"])
+    rng, run, kills, done, finished = random.Random(0), tmp_path / "cut" / "run", 0, 0, 0
+    while kills < 50:
+        if finished:  # a new one, since the last came to its end
+            run, done, finished = tmp_path / "cut" / f"run{kills}", 0, 0
+        argv = ["--resume", str(run)] if (run / "config.json").exists() else [*options, "--out", str(run.parent), "--name", run.name]
+        process = processes.Process(target=train.main, args=(argv,))
+        process.start()
+        process.join(rng.uniform(0, 2))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+            finished = 1
+            assert rows(run) == rows(tmp_path / "whole" / "run")
+        if (run / "checkpoint.pt").exists():
+            saved = load_checkpoint(run)[3]["iteration"]
+            written = (run / "metrics.csv").read_text().count("\n") - 1
+            assert saved >= done and saved <= written <= saved + 4
+            done = saved
+    assert resume(run) is None if not finished else True
+    assert outcome(run) == outcome(tmp_path / "whole" / "run")
