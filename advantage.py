@@ -5,6 +5,28 @@ inputs are ignored and outputs are zero; time is counted in actions, so a recurs
 """
 
 import torch
+import torch.distributed as dist
+
+
+# Several processes (torchrun) hold a part of the batch each; every mean is over the whole of it.
+
+def processes():
+    """(rank of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_sum(x):
+    """The sum of x over all processes, the same bits for each. Its gradient is that of this process's x, to be summed in turn."""
+    if not dist.is_initialized():
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total + (x - x.detach()) if x.requires_grad else total
+
+
+def masked_mean(x, mask):
+    """The mean of x (B, T) over the actions."""
+    return all_sum(x.masked_fill(~mask, 0).sum()) / all_sum(mask.sum())
 
 
 def token_rewards(scores, mask, logp, ref_logp, kl_coef):
@@ -76,8 +98,9 @@ def group_normalize(scores, group_size, eps=1e-4):
 
 def whiten(x, mask, eps=1e-8):
     """x (B, T) shifted and scaled to mean 0 and variance 1 over the actions alone; 0 elsewhere."""
-    mean = x[mask].mean()
-    var = ((x[mask] - mean) ** 2).mean()
+    n = all_sum(mask.sum())
+    mean = all_sum(x[mask].sum()) / n
+    var = all_sum(((x[mask] - mean) ** 2).sum()) / n
     return ((x - mean) * (var + eps).rsqrt()).masked_fill(~mask, 0)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from advantage import all_sum, masked_mean, processes
+
 
 @dataclass
 class Batch:
@@ -30,11 +32,6 @@ class Batch:
 
 
 # Shared pieces.
-
-def masked_mean(x, mask):
-    """The mean of x (B, T) over the actions."""
-    return x.masked_fill(~mask, 0).sum() / mask.sum()
-
 
 def log_probs(policy, obs, temperature):
     """log π(·|s) (B, T, A) of the policy that acts: at the temperature it is sampled with."""
@@ -59,11 +56,19 @@ def kl_divergence(logp, logq):
     return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
 
 
+def shuffled(batch, generator):
+    """A random order of the episodes of all processes, and the function that picks this process's own out of a part of it."""
+    rank, count = processes()
+    B, device = len(batch.mask), batch.mask.device
+    own = lambda part: (part[part // B == rank] - rank * B).to(device)
+    return torch.randperm(count * B, generator=generator), own
+
+
 def minibatches(batch, epochs, parts, generator):
     """Row indices, each row once per epoch, in random order and `parts` parts."""
-    B, device = len(batch.mask), batch.mask.device
     for _ in range(epochs):
-        yield from torch.randperm(B, generator=generator).to(device).tensor_split(parts)
+        order, own = shuffled(batch, generator)
+        yield from map(own, order.tensor_split(parts))
 
 
 def check_finite(**quantities):
@@ -80,6 +85,10 @@ def gradient_step(model, loss, optimizer, max_grad_norm):
     """
     optimizer.zero_grad()
     loss.backward()
+    if processes()[1] > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        for grad, total in zip(grads, unflatten(all_sum(flatten(grads)), grads)):
+            grad.copy_(total)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     check_finite(loss=loss.item(), norm_of_the_gradient=norm)
     optimizer.step()
@@ -193,13 +202,13 @@ def fisher_vector_product(policy, batch, temperature=1.0):
     with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
         logits = policy(batch.obs) / temperature  # (B, T, A)
     probs = logits.softmax(-1)  # whose derivative by the logits is the little matrix diag p - p pᵀ
-    weight = (batch.mask.to(logits.dtype) / batch.mask.sum()).unsqueeze(-1)  # (B, T, 1) of a mean over the actions
+    weight = (batch.mask.to(logits.dtype) / all_sum(batch.mask.sum())).unsqueeze(-1)  # (B, T, 1) of a mean over the actions
     u = torch.zeros_like(logits, requires_grad=True)  # its value is of no matter: Jᵀu is linear in it
     Jtu = flatten(torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True))  # (n,)
 
     def product(v):
         Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (B, T, A)
-        return flatten(torch.autograd.grad(probs, params, weight * Jv, retain_graph=True, materialize_grads=True))
+        return all_sum(flatten(torch.autograd.grad(probs, params, weight * Jv, retain_graph=True, materialize_grads=True)))
 
     return product
 
@@ -242,12 +251,12 @@ def trpo(policy, batch, optimizer, config, generator=None):
 
     logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
     before = surrogate(logp)
-    g = flatten(torch.autograd.grad(before, params, materialize_grads=True))
+    g = all_sum(flatten(torch.autograd.grad(before, params, materialize_grads=True)))
     old, before = logp.detach(), before.detach()
     check_finite(surrogate=before.item(), norm_of_the_gradient=g.norm().item())
 
-    B = len(batch.mask)
-    rows = torch.randperm(B, generator=generator)[:math.ceil(config.fisher_fraction * B)].to(g.device)
+    order, own = shuffled(batch, generator)
+    rows = own(order[:math.ceil(config.fisher_fraction * len(order))])
     fisher = fisher_vector_product(policy, batch.rows(rows), config.temperature)
     x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
     xFx = x @ (g - r)  # since F x = g - r

@@ -25,11 +25,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from advantage import ADVANTAGES, token_rewards, whiten
-from algos import (Batch, check_finite, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, masked_mean, ppo,
-                   reinforce, trpo)
+from advantage import ADVANTAGES, all_sum, masked_mean, processes, token_rewards, whiten
+from algos import (Batch, check_finite, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs, ppo, reinforce,
+                   trpo)
 from model import GPT, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, distinct_n, load_task, score
 from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, command, is_gpt2, load_checkpoint, load_weights, sample,
@@ -185,10 +186,17 @@ def pick_device(config):
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
         raise BadInput(f"there is no device {name} here: --device takes auto, cpu, cuda or mps, and cpu always works")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # started by torchrun
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    _, count = processes()
+    if config.batch_size % (count * config.group_size):
+        raise BadInput(f"--batch-size {config.batch_size} must be a multiple of {count} processes times --group-size {config.group_size}")
     return torch.device(name)
 
 
@@ -301,7 +309,8 @@ def pretrained(config, task, device):
     imitate(policy, rows, config, generator, path.with_suffix(".part"))
     more = {"bits_per_byte": bits_per_byte(policy, heldout, tokenizer.sizes(), config.pretrain_batch),
             "seconds": time.perf_counter() - start}
-    save_checkpoint(path, policy, tokenizer, config=asdict(config) | asdict(policy.config), **more)
+    if processes()[0] == 0:
+        save_checkpoint(path, policy, tokenizer, config=asdict(config) | asdict(policy.config), **more)
     print(f"pretrained weights to {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, more
 
@@ -347,7 +356,7 @@ def imitate(policy, rows, config, generator, part):
 
     part: the file that holds what is done so far, every 200 steps, and is gone in the end.
     """
-    lengths = (rows >= 0).sum(1)
+    (rank, count), device, lengths = processes(), next(policy.parameters()).device, (rows >= 0).sum(1)
 
     def batches(pool=8):  # of texts of like length, so that little is computed on padding
         while True:
@@ -369,21 +378,23 @@ def imitate(policy, rows, config, generator, part):
     with stopping() as stop:
         for step, drawn in zip(range(done + 1, steps + 1), batches()):
             optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / warmup, 1 - step / (steps + 1))
-            loss = nll(policy, rows[drawn], "mean")
+            mine = rows[drawn.tensor_split(count)[rank]]
+            tokens = (mine[:, 1:] >= 0).sum().to(device)
+            loss = nll(policy, mine, "mean") * (tokens / all_sum(tokens))
             try:
                 gradient_step(policy, loss, optimizer, max_grad_norm=1.0)
             except FloatingPointError as e:
                 raise FloatingPointError(f"pretraining diverged at step {step}, {e}: lower --pretrain-lr")
-            total += loss.item()
+            total += all_sum(loss.detach()).item()
             if step % 100 == 0:
                 seconds = time.perf_counter() - start
                 print(f"pretrain {step:5d}/{steps}  loss {total / 100:.3f} nats per token  {seconds:.0f} s", flush=True)
                 total = 0.0
-            if step % 200 == 0:  # a multiple of the pool
+            if step % 200 == 0 and rank == 0:  # a multiple of the pool
                 write_atomically(part, lambda beside: torch.save({"step": step, **states(parts)}, beside))
-            if stop:
+            if all_sum(torch.tensor(len(stop), device=device)):
                 print(f"stopped at step {step} of the pretraining, which is kept: the same command, or --resume, goes on")
-                sys.exit(128 + stop[0])
+                sys.exit(128 + (stop or [signal.SIGTERM])[0])
     part.unlink(missing_ok=True)
 
 
@@ -410,8 +421,12 @@ def complete(policy, reference, prompts, tokenizer, config, temperature, generat
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
-    """Let the policy complete some training prompts, and judge what it did. Returns a Batch and statistics."""
-    index = torch.randint(len(task.prompts), (config.batch_size // config.group_size,), generator=generators["prompts"])
+    """Let the policy complete some training prompts, and judge what it did. Returns a Batch and statistics.
+
+    Of several processes each takes its share of the episodes; the statistics are of all.
+    """
+    _, count = processes()
+    index = torch.randint(len(task.prompts), (config.batch_size // config.group_size // count,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
     rollout, completions, (logp, ref_logp, kl, H) = complete(policy, reference, prompts, tokenizer, config, config.temperature,
                                                              generators["sample"])
@@ -425,8 +440,9 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
         advantages = whiten(advantages, mask)
     mean = lambda x: masked_mean(x, mask).item()
     unexplained = mean((returns - values) ** 2) / max(mean((returns - mean(returns)) ** 2), 1e-8)
-    stats = {"reward": scores.mean().item(), "kl": mean(kl), "entropy": mean(H),
-             "length": fmean(c.length for c in completions), "ended": fmean(c.ended for c in completions),
+    everywhere = lambda values: all_sum(torch.tensor(fmean(values), device=mask.device)).item() / count
+    stats = {"reward": everywhere(scores.tolist()), "kl": mean(kl), "entropy": mean(H),
+             "length": everywhere([c.length for c in completions]), "ended": everywhere([c.ended for c in completions]),
              **({"explained_variance": 1 - unexplained} if critic else {})}
     return Batch(obs, actions, mask, logp, advantages, returns), stats
 
@@ -502,8 +518,11 @@ def event_writer():
 def train(config, resume=False):
     """One run, whole, or what is left of it."""
     SummaryWriter = event_writer() if config.tensorboard else None
-    device, run = pick_device(config), Path(config.out) / config.name if resume else claim_run(config)
-    task, new = load_task(config.task, config.pretrain_seed), not run.exists()
+    device, run = pick_device(config), Path(config.out) / config.name
+    rank, count = processes()  # the first alone writes
+    if rank == 0 and not resume:
+        claim_run(config)
+    task, new = load_task(config.task, config.pretrain_seed), rank == 0 and not run.exists()
     if new:
         open_run(run, config)
     try:
@@ -518,33 +537,41 @@ def train(config, resume=False):
         critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
         optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
         critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
-        generators = {"prompts": torch.Generator().manual_seed(10 * config.seed + 1),
-                      "sample": torch.Generator(device).manual_seed(10 * config.seed + 2),
+        own = 10 ** 11 * rank + 10 * config.seed  # each process draws its own episodes, and all shuffle them alike
+        generators = {"prompts": torch.Generator().manual_seed(own + 1), "sample": torch.Generator(device).manual_seed(own + 2),
                       "update": torch.Generator().manual_seed(10 * config.seed + 3)}
-        parts = {"critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer, **generators}
+        parts = {"critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
         if more["iteration"]:
+            if len(more["generators"]) != count:
+                raise BadInput(f"{run} was trained by {len(more['generators'])} processes, and goes on with as many")
             restore(more, parts)
+            restore(more["generators"][rank], generators)
         before, texts_before = evaluate(task, reference, reference, tokenizer, config)
     except (BadInput, BadTask, FloatingPointError):
         if new:  # there is nothing in it
             shutil.rmtree(run)
         raise
-    if not resume and not new:
+    if not resume and not new and rank == 0:
         open_run(run, config)  # in place of the old one, now that nothing is likely to go wrong
-    write_json(run / "config.json", asdict(config))
     iteration, seconds, pretraining, rejected, update = more["iteration"], more["seconds"], more["pretraining"], 0, ALGOS[config.algo]
 
     def save(iteration):
-        os.fsync(metrics.fileno())  # its rows come before what they tell of
-        save_checkpoint(run / "checkpoint.pt", policy, tokenizer, reference=reference.state_dict(), config=asdict(config),
-                        iteration=iteration, seconds=seconds, pretraining=pretraining, **states(parts))
+        everyone = [states(generators)] * count
+        if count > 1:
+            dist.all_gather_object(everyone, states(generators))
+        if rank == 0:
+            os.fsync(metrics.fileno())  # its rows come before what they tell of
+            save_checkpoint(run / "checkpoint.pt", policy, tokenizer, reference=reference.state_dict(), config=asdict(config), seconds=seconds,
+                            iteration=iteration, pretraining=pretraining, generators=everyone, **states(parts))
 
-    cut_metrics(run / "metrics.csv", iteration)
-    events = SummaryWriter(str(run)) if SummaryWriter else None
+    if rank == 0:
+        write_json(run / "config.json", asdict(config))
+        cut_metrics(run / "metrics.csv", iteration)
+    events = SummaryWriter(str(run)) if SummaryWriter and rank == 0 else None
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, "
-          f"{torch.get_num_threads()} threads, {device}" + (f", after iteration {iteration}" if iteration else ""))
-    with open(run / "metrics.csv", "a") as metrics, stopping() as stop:
+          f"{torch.get_num_threads()} threads, {device}" + f", {count} processes" * (count > 1) + f", after iteration {iteration}" * (iteration > 0))
+    with open(os.devnull if rank else run / "metrics.csv", "a") as metrics, stopping() as stop:
         for iteration in range(iteration + 1, config.iterations + 1):
             began, batch = time.perf_counter(), None
             try:
@@ -554,10 +581,12 @@ def train(config, resume=False):
                 if critic:
                     stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
             except BadTask:
-                save(iteration - 1)  # since when no weight has moved
+                if count == 1:  # the others are elsewhere
+                    save(iteration - 1)  # since when no weight has moved
                 raise
             except FloatingPointError as e:
-                write_atomically(run / "diverged.pt", lambda beside: torch.save(vars(batch), beside))
+                if rank == 0:
+                    write_atomically(run / "diverged.pt", lambda beside: torch.save(vars(batch), beside))
                 raise FloatingPointError(f"training diverged at iteration {iteration}, {e}: lower the step (--lr, --critic-lr or --delta); "
                                          f"the batch is in {run / 'diverged.pt'}")
             took = time.perf_counter() - began
@@ -572,11 +601,12 @@ def train(config, resume=False):
             print(f"{iteration:4d}/{config.iterations}  reward {stats['reward']:+.3f}  kl {stats['kl']:.4f}  entropy {stats['entropy']:.3f}  "
                   f"took {took:.2f} s, {seconds / iteration * (config.iterations - iteration):.0f} s left"
                   + (f"  no step ({rejected} in a row)" if rejected else ""), flush=True)
-            if iteration % config.save_every == 0 or stop:
+            stopped = all_sum(torch.tensor(len(stop), device=device))  # any of the processes
+            if stopped or iteration % config.save_every == 0:
                 save(iteration)
-            if stop:
+            if stopped:
                 print(f"stopped after iteration {iteration}: python train.py --resume {run} goes on")
-                sys.exit(128 + stop[0])
+                sys.exit(128 + (stop or [signal.SIGTERM])[0])
         save(iteration)
     if events:
         events.close()
@@ -584,11 +614,13 @@ def train(config, resume=False):
     after, texts_after = evaluate(task, policy, reference, tokenizer, config)
     figures = {f"{name}_{when}": value for when, side in (("before", before), ("after", after))
                for name, value in side.items() if name != "kl"}
+    if rank:
+        return
     write_json(run / "result.json", {
         "task": config.task, "algo": config.algo, "advantage": config.advantage, "seed": config.seed,
         "metric": name_of(task.metric), **figures, "kl": after["kl"], "iterations": config.iterations,
         "bits_per_byte": pretraining["bits_per_byte"], "seconds_pretrain": pretraining["seconds"], "seconds_rl": seconds,
-        "threads": torch.get_num_threads(), "torch": torch.__version__})
+        "processes": count, "threads": torch.get_num_threads(), "torch": torch.__version__})
     show(texts_before, texts_after)
     report(task, ("before", before), ("after", after))
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
@@ -825,6 +857,8 @@ def look(run, given):
 
 def main(argv=None):
     def body():
+        if int(os.environ.get("RANK", 0)):
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         given = command_line(argv)
         if "eval" in given:
             look(given.pop("eval"), given)
