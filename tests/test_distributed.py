@@ -55,7 +55,7 @@ def results():
 
 
 def torchrun(*command, count=2, **kwargs):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--master_port=0", *map(str, command)], text=True,
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *map(str, command)], text=True,
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, **kwargs)
 
 
@@ -67,7 +67,7 @@ def test_a_shared_batch_is_one_batch(tmp_path, count):
     for name, value in alone.items():
         assert value.norm() > 1e-6
         for rank in ranks:
-            torch.testing.assert_close(rank[name], value, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(rank[name], value, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
             assert torch.equal(rank[name], ranks[0][name]), name  # to the bit, or they would drift apart
 
 
