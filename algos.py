@@ -8,7 +8,7 @@ entropy_coef; trpo: delta, cg_iters, damping, fisher_fraction, backtracks; fit_c
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -57,15 +57,22 @@ def kl_divergence(logp, logq):
 
 
 def shuffled(batch, generator):
-    """A random order of the episodes of all processes, and the function that picks this process's own out of a part of it."""
+    """A random order of the episodes of all processes; and the function from a part of it to this process's rows, as (index, Batch)."""
     rank, count = processes()
     B, device = len(batch.mask), batch.mask.device
-    own = lambda part: (part[part // B == rank] - rank * B).to(device)
+
+    def own(part):
+        index = (part[part // B == rank] - rank * B).to(device)
+        if len(index):
+            return index, batch.rows(index)
+        row = torch.zeros(1, dtype=torch.long, device=device)  # nothing of this part is here: a row that counts for nothing
+        return row, replace(batch.rows(row), mask=torch.zeros_like(batch.mask[row]))
+
     return torch.randperm(count * B, generator=generator), own
 
 
 def minibatches(batch, epochs, parts, generator):
-    """Row indices, each row once per epoch, in random order and `parts` parts."""
+    """(index, Batch) of `parts` parts of the rows, each row once per epoch and in random order."""
     for _ in range(epochs):
         order, own = shuffled(batch, generator)
         yield from map(own, order.tensor_split(parts))
@@ -126,8 +133,7 @@ def ppo(policy, batch, optimizer, config, generator=None):
     with torch.no_grad():
         old = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
     steps = []
-    for rows in minibatches(batch, config.epochs, config.minibatches, generator):
-        mb = batch.rows(rows)
+    for rows, mb in minibatches(batch, config.epochs, config.minibatches, generator):
         logp = log_probs(policy, mb.obs, config.temperature)
         kl = masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask)
         if steps and not kl <= config.target_kl:  # nor go on with NaN
@@ -146,8 +152,7 @@ def ppo(policy, batch, optimizer, config, generator=None):
 def fit_critic(critic, batch, optimizer, config, generator=None):
     """Fit the values to the returns by least squares, over critic_epochs of minibatch steps. Returns diagnostics."""
     losses = []
-    for rows in minibatches(batch, config.critic_epochs, config.minibatches, generator):
-        mb = batch.rows(rows)
+    for _, mb in minibatches(batch, config.critic_epochs, config.minibatches, generator):
         loss = masked_mean((critic(mb.obs) - mb.returns) ** 2, mb.mask)
         gradient_step(critic, loss, optimizer, config.max_grad_norm)
         losses.append(loss.item())
@@ -256,8 +261,8 @@ def trpo(policy, batch, optimizer, config, generator=None):
     check_finite(surrogate=before.item(), norm_of_the_gradient=g.norm().item())
 
     order, own = shuffled(batch, generator)
-    rows = own(order[:math.ceil(config.fisher_fraction * len(order))])
-    fisher = fisher_vector_product(policy, batch.rows(rows), config.temperature)
+    _, some = own(order[:math.ceil(config.fisher_fraction * len(order))])
+    fisher = fisher_vector_product(policy, some, config.temperature)
     x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
     xFx = x @ (g - r)  # since F x = g - r
 

@@ -134,10 +134,11 @@ def test_gradient_is_clipped_to_its_longest(policy):
 
 
 def test_minibatches_cover_every_row_once_an_epoch_in_new_orders():
-    batch = SimpleNamespace(mask=torch.ones(10, 1))
+    batch = Batch(*(torch.arange(10)[:, None] for _ in range(6)))
     parts = list(minibatches(batch, 3, 4, generator()))
-    assert len(parts) == 12 and {len(part) for part in parts} == {2, 3}
-    epochs = [torch.cat(parts[i:i + 4]).tolist() for i in (0, 4, 8)]
+    assert len(parts) == 12 and {len(index) for index, _ in parts} == {2, 3}
+    assert all(torch.equal(mb.obs[:, 0], index) and torch.equal(mb.mask[:, 0], index) for index, mb in parts)
+    epochs = [torch.cat([index for index, _ in parts[i:i + 4]]).tolist() for i in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
 
 
