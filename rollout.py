@@ -127,7 +127,8 @@ def draw(logp, uniforms):
     drawn.  Returns (B,) int64. One random number per row, where torch.multinomial draws V.
     """
     cdf = logp.exp().cumsum(-1)  # (B, V)
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)
+    drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)
+    return drawn.clamp(max=logp.shape[-1] - 1)  # beyond which NaN would point
 
 
 def truncate(logp, top_k=0, top_p=1.0):

@@ -24,6 +24,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes in one run's directory go unnoticed
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -151,6 +156,8 @@ def configure(given):
     kind = "" if config.advantage == "gae" else f"-{config.advantage}"
     if config.task not in TASKS and Path(config.task).is_file():
         config.task = str(Path(config.task).resolve())
+    if Path(config.init).exists():
+        config.init = str(Path(config.init).resolve()) if config.init else ""
     config.name = config.name or f"{Path(config.task).stem}-{config.algo}{kind}-{config.seed}"
     return checked(config)
 
@@ -208,9 +215,11 @@ def claim_run(config):
         if not os.access(out, os.W_OK | os.X_OK):
             raise BadInput(f"cannot write in {out}: choose another --out")
         if run.exists() and not config.overwrite:
-            raise BadInput(f"{run} exists: give another --name, or --overwrite to replace it")
+            raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run} to go on")
         if run.is_symlink() or run.exists() and not (run / "metrics.csv").is_file():
             raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
+        if run.exists():
+            open_metrics(run / "metrics.csv").close()  # nobody else is writing it
         start = Path(config.init).resolve()
         if config.init and run.resolve() in (start, *start.parents):
             raise BadInput(f"--overwrite would delete {run}, which is what --init starts from: give another --name")
@@ -232,6 +241,27 @@ def open_run(run, config):
     except OSError as e:
         shutil.rmtree(beside, ignore_errors=True)
         raise BadInput(f"cannot make {run}: give another --name ({e.strerror})")
+
+
+def open_metrics(path, rows=None):
+    """metrics.csv, for this process alone, to be gone on with after its header and so many rows. Raises BadInput."""
+    file = open(path, "r+", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0)))
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if rows is not None:  # what was done after the checkpoint will be done again
+            lines = [file.readline() for _ in range(rows + 1 if rows else 0)]
+            if not all(line.endswith("\n") for line in lines):
+                raise BadInput(f"{path} has fewer rows than the checkpoint has iterations: the run cannot go on")
+            file.seek(file.tell())
+            file.truncate()
+    except BlockingIOError:
+        file.close()
+        raise BadInput(f"{path} is being written by another process: wait for it, or give another --name")
+    except BadInput:
+        file.close()
+        raise
+    return file
 
 
 def write_json(path, data):
@@ -566,12 +596,11 @@ def train(config, resume=False):
 
     if rank == 0:
         write_json(run / "config.json", asdict(config))
-        cut_metrics(run / "metrics.csv", iteration)
     events = SummaryWriter(str(run)) if SummaryWriter and rank == 0 else None
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, "
           f"{torch.get_num_threads()} threads, {device}" + f", {count} processes" * (count > 1) + f", after iteration {iteration}" * (iteration > 0))
-    with open(os.devnull if rank else run / "metrics.csv", "a") as metrics, stopping() as stop:
+    with open(os.devnull, "w") if rank else open_metrics(run / "metrics.csv", iteration) as metrics, stopping() as stop:
         for iteration in range(iteration + 1, config.iterations + 1):
             began, batch = time.perf_counter(), None
             try:
@@ -626,14 +655,6 @@ def train(config, resume=False):
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
 
 
-def cut_metrics(path, rows):
-    """Leave the header and so many rows: what was done after the checkpoint will be done again. Raises BadInput."""
-    lines = path.read_text().splitlines(keepends=True)[:rows + 1] if rows else []
-    if len(lines) != (rows + 1 if rows else 0) or lines and not lines[-1].endswith("\n"):
-        raise BadInput(f"{path} has fewer rows than the checkpoint has iterations: it cannot go on from here")
-    write_atomically(path, lambda beside: beside.write_text("".join(lines)))
-
-
 def resumed(run, given):
     """The Config of a run that is to go on. given: what the command line says beside --resume. Raises BadInput."""
     run = Path(run)
@@ -658,43 +679,60 @@ def resumed(run, given):
 # Several runs, side by side.
 
 # What may differ between the runs of one experiment; and what --init decides.
-INCIDENTAL = ("seed", "name", "out", "overwrite", "device", "threads", "tensorboard", "save_every")
+INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "tensorboard", "save_every")
 INHERITED = ("tokenizer", *GPTConfig.__dataclass_fields__)
 
 
 def plan(given):
-    """The Configs of a comparison, all algorithms of a seed before the next seed. Raises BadInput."""
-    seeds, algos, name, first = given.pop("seeds", 1), given.pop("algo", Config.algo), given.pop("name", ""), given.get("seed", 0)
-    if seeds < 1:
-        raise BadInput(f"--seeds is {seeds}: it must be at least 1")
-    return [configure({**given, "algo": algo, "seed": seed, "name": name and f"{name}-{algo}-{seed}"})
-            for seed in range(first, first + seeds) for algo in dict.fromkeys(algos.split(","))]
+    """The Configs of a comparison, all algorithms of a seed before the next seed, and its name. Raises BadInput."""
+    seeds, name, first = given.pop("seeds", 1), given.pop("name", ""), given.get("seed", 0)
+    algos = list(dict.fromkeys(algo.strip() for algo in given.pop("algo", Config.algo).split(",")))
+    if seeds < 1 or given.get("iterations") == 0:
+        raise BadInput("a comparison takes at least 1 of --seeds and of --iterations")
+    configs = [configure({**given, "algo": algo, "seed": seed, "name": name and f"{name}-{algo}-{seed}"})
+               for seed in range(first, first + seeds) for algo in algos]
+    stem = name or configs[0].name.partition(f"-{algos[0]}")[0]
+    advantage = "" if name or configs[0].advantage == "gae" else f"-{configs[0].advantage}"
+    return configs, f"{stem}-{'+'.join(algos)}{advantage}"
 
 
 def finished(config):
-    """Whether this very run is there, and whole; where it was cut short it may be made again. Raises BadInput."""
+    """Whether this very run is there and whole, where one that was cut short is to go on. Raises BadInput."""
     run = Path(config.out) / config.name
     if config.overwrite or not run.exists():
         return False
     try:
         was = json.loads((run / "config.json").read_text())
         changed = [name for name, value in asdict(config).items() if was[name] != value
-                   and name not in INCIDENTAL[1:] and not (config.init and name in INHERITED)]
+                   and name not in INCIDENTAL and not (config.init and name in INHERITED)]
+        if changed:
+            raise BadInput(f"{run} is there with another --{changed[0].replace('_', '-')}: give another --name, or --overwrite")
+        if config.task not in TASKS and Path(config.task).stat().st_mtime > (run / "config.json").stat().st_mtime:
+            raise BadInput(f"{config.task} is newer than {run}: give another --name, or --overwrite")
+    except BadInput:
+        raise
     except (OSError, ValueError, LookupError, TypeError):
         raise BadInput(f"{run} is no run of ours, or of another version: give another --name")
-    if changed:
-        raise BadInput(f"{run} is there with another --{changed[0].replace('_', '-')}: give another --name, or --overwrite")
     return (run / "result.json").exists()
 
 
-def train_all(configs):
-    """Train what is not finished, one run after the other, then compare."""
-    missing = [config for config in configs if not finished(config)]  # asked of all before the first is trained
-    for config in missing:
-        train(config, resume=not config.overwrite and (Path(config.out) / config.name).exists())
-    runs = [Path(config.out) / config.name for config in configs]
-    algos = "+".join(dict.fromkeys(config.algo for config in configs))
-    side_by_side(runs, runs[0].with_name(runs[0].name.rpartition("-")[0].replace(configs[0].algo, algos)))
+def train_all(configs, name):
+    """Train what is not finished, one run after the other, and compare. Raises FloatingPointError where a run diverged."""
+    for config in configs:
+        finished(config)  # before the first is trained, whether the last can be
+    diverged, runs = [], [Path(config.out) / config.name for config in configs]
+    for i, (config, run) in enumerate(zip(configs, runs), 1):
+        print(f"\nrun {i} of {len(runs)}: {run}" + (" is finished, and not trained again" if finished(config) else ""))
+        if not finished(config):
+            try:
+                train(config, resume=run.exists() and not config.overwrite)
+            except FloatingPointError as e:
+                diverged.append(run)
+                print(f"error: {e}", file=sys.stderr)
+    if processes()[0] == 0 and len(diverged) < len(runs):
+        side_by_side([run for run in runs if run not in diverged], runs[0].with_name(name))
+    if diverged:
+        raise FloatingPointError(f"{len(diverged)} of {len(runs)} runs diverged and are not in the table: {', '.join(map(str, diverged))}")
 
 
 def read_run(run):
@@ -703,9 +741,14 @@ def read_run(run):
         config, result = (json.loads((run / file).read_text()) for file in ("config.json", "result.json"))
         with open(run / "metrics.csv") as file:
             rows = list(csv.DictReader(file))
-        return config, result, {column: [float(row[column]) for row in rows] for column in rows[0]}
+        metrics = {column: [float(row[column]) for row in rows] for column in rows[0]}
+        needed = [*(metrics[name] for name in ("reward", "kl", "kl_update", "seconds")),
+                  [result[name] for name in ("reward_before", "reward_after", "metric_after", "greedy_after", "kl")], [config["seed"]]]
+        if not all(math.isfinite(value) for values in needed for value in values) or not config["task"] or not result["metric"]:
+            raise ValueError
+        return config, result, metrics
     except (OSError, ValueError, LookupError, TypeError):
-        raise BadInput(f"{run} is no finished run: give directories with a result.json, as in runs/NAME")
+        raise BadInput(f"{run} is no finished run: give directories as in runs/NAME, each with a result.json and an iteration or more")
 
 
 def grouped(runs):
@@ -716,11 +759,14 @@ def grouped(runs):
 
     names = ["algo"]
     for name in ("advantage", *Config.__dataclass_fields__):  # only what tells runs apart that the names before do not
-        if name not in INCIDENTAL and len({label(run, [*names, name]) for run in runs}) > len({label(run, names) for run in runs}):
+        if name not in ("seed", *INCIDENTAL) and len({label(run, [*names, name]) for run in runs}) > len({label(run, names) for run in runs}):
             names.append(name)
     groups = {}
     for run in runs:
         groups.setdefault(label(run, names), []).append(run)
+    for name, group in groups.items():
+        if len({run[0]["seed"] for run in group}) < len(group):
+            raise BadInput(f"two of the runs of {name} have the same seed, and count but once: leave one out")
     return groups
 
 
@@ -739,30 +785,39 @@ def interval(values):
 
 
 def trailing(values, window=5):
-    """At each of the values, the mean of the last ones."""
-    return [fmean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
+    """The means of `window` values in a row, from the first that can be had."""
+    window = min(window, len(values))
+    return [fmean(values[i:i + window]) for i in range(len(values) - window + 1)]
+
+
+def curve(group, column):
+    """The values of a column of metrics.csv, [one per run] for each iteration."""
+    return list(zip(*(metrics[column] for _, _, metrics in group)))
 
 
 def tabulate(groups):
     """A Markdown table: for each group and figure the mean over its runs ± half of the 95% interval."""
-    runs = [run for group in groups.values() for run in group]
-    before = fmean(result["reward_before"] for _, result, _ in runs)
-    goal = before + 0.9 * (max(max(trailing(metrics["reward"])) for _, _, metrics in runs) - before)
+    before = fmean(result["reward_before"] for group in groups.values() for _, result, _ in group)
+    best = max(max(trailing(list(map(fmean, curve(group, "reward"))))) for group in groups.values())
+    goal = before + 0.9 * (best - before)
 
     def figures(result, metrics):
         """{title: value}, None where there is none."""
-        there = next((i for i, reward in enumerate(trailing(metrics["reward"]), 1) if reward >= goal), None)
+        reward, n = metrics["reward"], len(metrics["reward"])
+        crossed = next((i for i, mean in enumerate(trailing(reward), min(5, n)) if mean >= goal), None)
         accepted, clipped = metrics.get("accepted"), metrics.get("clip_fraction")
-        return {"reward": result["reward_after"], result["metric"]: result["metric_after"], f"{result['metric']}, greedy": result["greedy_after"],
-                "KL": result["kl"], "iterations to 90%": there, "s to 90%": there and sum(metrics["seconds"][:there]),
-                "KL of an update": fmean(metrics["kl_update"]), "rejected steps": accepted and len(accepted) - sum(accepted),
-                "clip fraction": clipped and fmean(clipped)}
+        return {"iterations": n, "reward": result["reward_after"], result["metric"]: result["metric_after"],
+                f"{result['metric']}, greedy": result["greedy_after"], "KL": result["kl"], "to 90%": crossed,
+                "s to 90%": crossed and sum(metrics["seconds"][:crossed]), "KL of an update": fmean(metrics["kl_update"]),
+                "rejected": accepted and len(accepted) - sum(accepted), "clip fraction": clipped and fmean(clipped)}
 
     def cell(values):
         some = [value for value in values if value is not None]
-        mean, half = interval(some) if some else (math.nan, math.nan)
-        text = f"{mean:.3g}" + (f" ± {half:.2g}" if half >= 0 else "") if some else ""
-        return text + (f" ({len(some)} of {len(values)})" if 0 < len(some) < len(values) else "")
+        if not some:
+            return ""
+        mean, half = interval(some)
+        return (f"{mean:.3g}" + (f" ± {half:.2g}" if half > 0 else "") +
+                (f" ({len(some)} of {len(values)})" if len(some) < len(values) else ""))
 
     table = []
     for label, group in groups.items():
@@ -772,17 +827,13 @@ def tabulate(groups):
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     text = "\n".join("| " + " | ".join(f"{c:{w}}" for c, w in zip(line, widths)) + " |" for line in lines)
-    return text + f"\n\nMean ± half of the 95% interval over the runs; 90% of the best way up is a reward of {goal:.3f}, mean of 5 iterations."
-
-
-def curve(group, column):
-    """(means, halves of the 95% interval) of a column of metrics.csv, a value for each iteration."""
-    return zip(*(interval(values) for values in zip(*(metrics[column] for _, _, metrics in group))))
+    return (f"{text}\n\nMean ± half of the 95% interval over the seeds of RL; the pretrained weights and the held-out prompts are the same.\n"
+            f"To 90%: iterations until the mean reward of five in a row is {goal:.3f}, nine tenths of the way from the start to the best.")
 
 
 def sparklines(groups, width=60):
     """The mean reward of each group over its iterations as a line of blocks, all on one scale."""
-    means = {label: list(curve(group, "reward"))[0] for label, group in groups.items()}
+    means = {label: list(map(fmean, curve(group, "reward"))) for label, group in groups.items()}
     step = math.ceil(max(map(len, means.values())) / width)
     low, high = min(map(min, means.values())), max(map(max, means.values()))
     lines = []
@@ -802,11 +853,11 @@ def draw(groups, path):
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     learning, frontier = figure.subplots(1, 2, sharey=True)
     for label, group in groups.items():
-        (reward, half), (kl, _) = curve(group, "reward"), curve(group, "kl")
+        reward, half = zip(*map(interval, curve(group, "reward")))
         iterations = range(1, len(reward) + 1)
         learning.plot(iterations, reward, label=label)
         learning.fill_between(iterations, [m - h for m, h in zip(reward, half)], [m + h for m, h in zip(reward, half)], alpha=0.2)
-        frontier.plot(kl, reward, ".-", label=label)
+        frontier.plot(list(map(fmean, curve(group, "kl"))), reward, ".-", label=label)
     learning.set(xlabel="iteration", ylabel="reward")
     frontier.set(xlabel="KL to the reference, nats per token")
     learning.legend()
@@ -816,15 +867,16 @@ def draw(groups, path):
 
 def side_by_side(runs, path):
     """Compare finished runs: a table, printed and saved as PATH.md, a line of blocks for each group, and PATH.png."""
-    runs = [read_run(Path(run)) for run in runs]
-    if len({config["task"] for config, _, _ in runs}) > 1:
+    runs, text, picture = [read_run(Path(run)) for run in runs], Path(f"{path}.md"), Path(f"{path}.png")
+    if len({(config["task"], result["metric"]) for config, result, _ in runs}) > 1:
         raise BadInput("these runs are of different tasks: compare those of one")
+    if text.exists() and not text.read_text(encoding="utf-8", errors="replace").startswith("|  "):
+        raise BadInput(f"{text} is no table of ours and stays as it is: give another --name")
     groups = grouped(runs)
-    table, text, picture = tabulate(groups), Path(f"{path}.md"), Path(f"{path}.png")
+    table = tabulate(groups)
+    print(f"\n{table}\n\nreward over the iterations\n{sparklines(groups)}\n")
     write_atomically(text, lambda beside: beside.write_text(table + "\n", encoding="utf-8"))
-    drawn = draw(groups, picture)
-    print(f"\n{table}\n\nreward over the iterations\n{sparklines(groups)}\n\n{text}" +
-          (f", {picture}" if drawn else "; with matplotlib installed, a picture too"))
+    print(f"{text}" + (f", {picture}" if draw(groups, picture) else "; with matplotlib installed, a picture too"))
 
 
 def only(given, option, *takes):
@@ -870,7 +922,7 @@ def main(argv=None):
         elif "resume" in given:
             train(resumed(given.pop("resume"), given), resume=True)
         elif "seeds" in given or "," in given.get("algo", ""):
-            train_all(plan(given))
+            train_all(*plan(given))
         else:
             train(configure(given))
 

@@ -1,8 +1,9 @@
 """Several runs side by side: what is trained, what is skipped, and every figure of the table."""
 
 import csv
+import fcntl
 import json
-import math
+import os
 import re
 import shutil
 import sys
@@ -51,11 +52,12 @@ def test_a_comparison_is_its_runs(out):
 def test_what_is_finished_is_not_trained_again(out, capsys):
     before = {path: data for path, data in contents(out).items() if path.suffix != ".png"}
     trained = []
-    original, train.train = train.train, lambda config: trained.append(config.name) or original(config)
+    original, train.train = train.train, lambda config, resume: trained.append(config.name) or original(config, resume)
     try:
         assert compare(out) is None and trained == []
         assert {path: data for path, data in contents(out).items() if path.suffix != ".png"} == before
         (out / RUNS[2] / "result.json").unlink()  # it was interrupted
+        (out / RUNS[2] / "checkpoint.pt").unlink()
         shutil.move(out / RUNS[1], out / "elsewhere")
         assert compare(out) is None and trained == RUNS[1:3]
     finally:
@@ -102,12 +104,11 @@ def test_every_figure_by_hand(tmp_path, capsys):
     table = cells(printed)
     assert table == cells((tmp_path / "five.md").read_text()) and list(table) == ["ppo", "trpo", "reinforce"]
     # ± t sd / √2 = 12.706 · |difference| / 2
-    assert table["ppo"] == {"runs": "2", "reward": "0.6 ± 1.3", "grammatical": "0.5 ± 0", "grammatical, greedy": "1 ± 0", "KL": "0.25 ± 0",
-                            "iterations to 90%": "11 ± 13", "s to 90%": "22 ± 25", "KL of an update": "0.02 ± 0", "rejected steps": "",
-                            "clip fraction": "0.467 ± 0"}
-    assert table["trpo"]["iterations to 90%"] == "1 (1 of 2)" and table["trpo"]["rejected steps"] == "8 ± 0" and table["trpo"]["clip fraction"] == ""
-    assert table["reinforce"]["iterations to 90%"] == table["reinforce"]["rejected steps"] == "" and table["reinforce"]["reward"] == "0"
-    assert "a reward of 0.900" in printed
+    assert table["ppo"] == {"runs": "2", "iterations": "15", "reward": "0.6 ± 1.3", "grammatical": "0.5", "grammatical, greedy": "1", "KL": "0.25",
+                            "to 90%": "11 ± 13", "s to 90%": "22 ± 25", "KL of an update": "0.02", "rejected": "", "clip fraction": "0.467"}
+    assert table["trpo"]["to 90%"] == "5 (1 of 2)" and table["trpo"]["rejected"] == "8" and table["trpo"]["clip fraction"] == ""
+    assert table["reinforce"]["to 90%"] == table["reinforce"]["rejected"] == "" and table["reinforce"]["reward"] == "0"
+    assert "five in a row is 0.900," in printed
     lines = dict(re.findall(r"^(\w+) +([▁-█]+) ", printed, re.M))
     assert lines["reinforce"] == "▁" * 15 and lines["ppo"] == "▁" * 5 + "▄" * 2 + "█" * 8
 
@@ -117,7 +118,7 @@ def test_students_t(df, published):
     assert train.t_quantile(df) == pytest.approx(published, abs=6e-4)
 
 
-def test_intervals_cover(tmp_path):
+def test_intervals_cover():
     """95 of a hundred experiments with five seeds have the truth within their interval."""
     import torch
     draws = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 1
@@ -125,7 +126,7 @@ def test_intervals_cover(tmp_path):
     assert 0.935 < sum(covered) / len(covered) < 0.965
 
 
-def test_groups_are_named_by_what_tells_them_apart(tmp_path):
+def test_groups_are_named_by_what_tells_them_apart():
     runs = [({"algo": algo, "lr": lr, "iterations": n, "advantage": advantage, "seed": seed}, {}, {}) for seed in (0, 1) for algo, lr, n, advantage in
             [("ppo", 1e-4, 40, "gae"), ("ppo", 1e-3, 40, "gae"), ("trpo", 1e-3, 40, "gae"), ("reinforce", 1e-3, 80, "gae"), ("reinforce", 1e-3, 80, "rloo")]]
     groups = train.grouped(runs)
@@ -134,7 +135,7 @@ def test_groups_are_named_by_what_tells_them_apart(tmp_path):
     assert list(train.grouped(runs[2:4])) == ["trpo", "reinforce"]  # their own iterations go without saying
 
 
-def test_long_runs_and_short_ones_on_one_scale(tmp_path):
+def test_long_runs_and_short_ones_on_one_scale():
     group = lambda n: [({}, {}, {"reward": list(range(n))})]
     long, short = train.sparklines({"long": group(240), "short": group(80)}).splitlines()
     blocks = lambda line: line.split()[1]
@@ -175,12 +176,17 @@ def test_without_tensorboard(out, monkeypatch, capsys):
     ("--algo trpo,dqn", "dqn"), ("--algo trpo,", "--algo"), ("--algo trpo --seeds 0", "--seeds"), ("--seeds many", "--seeds"), ("--algo ppo,trpo --lr -1", "--lr"),
     ("--plot nowhere", "nowhere"), ("--plot OUT/cut", "OUT/cut"), ("--plot OUT/empty", "OUT/empty"), ("--plot OUT/mad", "OUT/mad"), ("--plot OUT/one OUT/other", "different tasks"),
     ("--plot OUT/one --lr 1", "--lr"), ("--plot OUT/one --seeds 2", "--seeds"), ("--plot OUT/one --name a/b", "--name"), ("--plot OUT/one --name cut", "OUT/cut"), ("--plot", "--plot"),
-    ("--seeds 2 --name taken", "OUT/taken-trpo-0")])
+    ("--seeds 2 --name taken", "OUT/taken-trpo-0"), ("--seeds 2 --iterations 0", "--iterations"), ("--plot OUT/one OUT/one", "same seed"),
+    ("--plot OUT/one --name notes", "notes.md"), ("--plot OUT/void", "OUT/void"), ("--plot OUT/list", "OUT/list"), ("--plot OUT/nan", "OUT/nan")])
 def test_comparisons_that_cannot_be(tmp_path, capsys, options, says):
-    for name in ("one", "cut", "mad", "empty", "other"):
+    for name in ("one", "cut", "mad", "empty", "other", "void", "list", "nan"):
         make(tmp_path / name, 0, [] if name == "empty" else [1.0, 2.0], **({"task": "hello"} if name == "other" else {}), after=1.0)
     (tmp_path / "cut" / "result.json").unlink()
     (tmp_path / "mad" / "metrics.csv").write_text("iteration,reward\n1,one\n")
+    (tmp_path / "void" / "result.json").write_text("{}")
+    (tmp_path / "list" / "config.json").write_text("[]")
+    (tmp_path / "nan" / "metrics.csv").write_text("reward,kl,kl_update,seconds\nnan,0,0,1\n")
+    (tmp_path / "notes.md").write_text("years of work")
     (tmp_path / "taken-trpo-0").mkdir()
     (tmp_path / "cut.md").mkdir()
     before = contents(tmp_path)
@@ -188,3 +194,38 @@ def test_comparisons_that_cannot_be(tmp_path, capsys, options, says):
     assert train.main([*options, "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and says.replace("OUT", str(tmp_path)) in err and contents(tmp_path) == before
+
+
+def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path, capsys):
+    options = [*TINY, "--out", str(tmp_path), "--algo", "trpo,ppo,reinforce", "--lr", "1e30"]  # trpo does not read it
+    for _ in range(2):  # the second time trpo is finished, and the others diverge again
+        assert train.main(options) == 3
+        printed = capsys.readouterr()
+        first, second, last = printed.err.splitlines()
+        assert "diverged at iteration" in first and "diverged at iteration" in second
+        assert last == f"error: 2 of 3 runs diverged and are not in the table: {tmp_path / 'reviews-ppo-0'}, {tmp_path / 'reviews-reinforce-0'}"
+        assert list(cells(printed.out)) == ["trpo"] and "run 3 of 3: " in printed.out
+
+
+def test_a_run_that_another_process_is_at_work_on(out, capsys):
+    run = out / RUNS[0]
+    result = (run / "result.json").read_bytes()
+    (run / "result.json").unlink()
+    before = contents(out)
+    with open(run / "metrics.csv") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert compare(out) == 2
+        assert train.main([*TINY, "--out", str(out), "--name", run.name, "--overwrite"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all("another process" in line for line in errors) and contents(out) == before
+    (run / "result.json").write_bytes(result)
+
+
+def test_a_task_that_has_changed_since(tmp_path, capsys):
+    from test_train import FILE, SMALL, task_file
+    file = task_file(tmp_path, FILE)
+    options = [*TINY, "--task", str(file), *map(str, SMALL), "--out", str(tmp_path / "out"), "--seeds", "2"]
+    assert train.main(options) is None and train.main(options) is None
+    os.utime(file, (2e9, 2e9))
+    assert train.main(options) == 2
+    assert f"{file} is newer" in capsys.readouterr().err
