@@ -126,6 +126,16 @@ def test_intervals_cover():
     assert 0.935 < sum(covered) / len(covered) < 0.965
 
 
+def test_the_noise_of_a_gradient():
+    """Rows with mean (3, 4) and variance 2 in each of 50 coordinates: 100 / 25."""
+    import torch
+    from variance import noise
+    mean = torch.zeros(50, dtype=torch.float64)
+    mean[:2] = torch.tensor([3.0, 4.0])
+    g = mean + 2 ** 0.5 * torch.randn(4000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert noise(g) == pytest.approx(4, rel=0.03) and noise(g[:40]) == pytest.approx(4, rel=0.3)
+
+
 def test_groups_are_named_by_what_tells_them_apart():
     runs = [({"algo": algo, "lr": lr, "iterations": n, "advantage": advantage, "seed": seed}, {}, {}) for seed in (0, 1) for algo, lr, n, advantage in
             [("ppo", 1e-4, 40, "gae"), ("ppo", 1e-3, 40, "gae"), ("trpo", 1e-3, 40, "gae"), ("reinforce", 1e-3, 80, "gae"), ("reinforce", 1e-3, 80, "rloo")]]

@@ -5,6 +5,7 @@ are compared: the trace of their covariance over the square of their mean. A bat
 """
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from algos import flatten, reinforce
 from model import Critic
-from reward import load_task
+from reward import TASKS, load_task
 from rollout import load_checkpoint
 
 ESTIMATORS = {"returns": dict(advantage="returns"), **{f"gae, λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)},
@@ -24,7 +25,7 @@ ESTIMATORS = {"returns": dict(advantage="returns"), **{f"gae, λ = {lam:g}": dic
 
 
 def gradients(task, policy, reference, critic, tokenizer, config, batches):
-    """The gradients (batches, n) of the same episodes for any advantage."""
+    """A gradient from each batch, (batches, n): of the same episodes whatever the advantage."""
     optimizer, found = torch.optim.SGD(policy.parameters(), lr=0.0), []
     for seed in range(batches):
         generators = {name: torch.Generator().manual_seed(seed) for name in ("prompts", "sample")}
@@ -35,25 +36,29 @@ def gradients(task, policy, reference, critic, tokenizer, config, batches):
 
 
 def noise(g):
-    """tr Cov(g) / |E g|², for rows g drawn independently: without the share of the noise in the mean's square."""
-    variance = g.var(0).sum()
-    return (variance / (g.mean(0).square().sum() - variance / len(g))).item()
+    """tr Cov(g) / |E g|², for rows g drawn independently. The mean's square is freed of its own noise; nan where nothing is left."""
+    variance, signal = g.var(0).sum(), g.mean(0).square().sum()
+    signal = signal - variance / len(g)
+    return (variance / signal).item() if signal > 0 else math.nan
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
+    parser.add_argument("--task", help="the run's task, if it is a file: its code will be executed")
     parser.add_argument("--batches", type=int, default=100)
     args = parser.parse_args()
     policy, reference, tokenizer, more = load_checkpoint(args.run)
-    config = replace(train.Config(**more["config"]), whiten=0, batch_size=64, max_grad_norm=1e9)
+    config = replace(train.Config(**more["config"]), whiten=0, batch_size=64, group_size=4, max_grad_norm=1e9)
+    if more["critic"] is None or config.task not in TASKS and args.task is None:
+        sys.exit("error: give a run under gae, and its --task if that is a file")
     critic = Critic(policy.config, policy)
     critic.load_state_dict(more["critic"])
-    task = load_task(config.task, config.pretrain_seed)
+    task = load_task(args.task or config.task, config.pretrain_seed)
     print(f"{args.run}: {args.batches} batches of {config.batch_size} episodes")
     for name, choice in ESTIMATORS.items():
-        both = gradients(task, policy, reference, critic, tokenizer, replace(config, **choice), args.batches)
-        print(f"{name:18} {noise(both):8.2f}   ({noise(both[::2]):.2f} and {noise(both[1::2]):.2f} from half of the batches each)", flush=True)
+        g = gradients(task, policy, reference, critic, tokenizer, replace(config, **choice), args.batches)
+        print(f"{name:18} {noise(g):8.2f}   ({noise(g[::2]):.2f} and {noise(g[1::2]):.2f} from half of the batches each)", flush=True)
 
 
 if __name__ == "__main__":
