@@ -577,7 +577,7 @@ def train(config, resume=False):
             restore(more, parts)
             restore(more["generators"][rank], generators)
         before, texts_before = evaluate(task, reference, reference, tokenizer, config)
-    except (BadInput, BadTask, FloatingPointError):
+    except Exception:
         if new:  # there is nothing in it
             shutil.rmtree(run)
         raise

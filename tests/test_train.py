@@ -524,8 +524,7 @@ def test_eval_that_cannot_be(out, tmp_path, capsys):
     ("--advantage rloo --group-size 1", "--group-size"), ("--max-new-tokens 64", "context"), ("--block-size 8", "context"),
     ("--device cuda:77", "cuda:77"), ("--device toaster", "toaster"), ("--name a/b", "--name"), ("--name ..", "--name"),
     ("--name pretrained", "--name"), ("--out /proc/nowhere", "--out"), ("--unknown 1", "--unknown"), ("--iter 3", "--iter"),
-    (f"--seed {10**20}", "--seed"), ("--threads 99999999999", "--threads"), ("--device meta", "meta"), ("--name " + "x" * 300, "--name"),
-    ("--pretrain-lr 1e30 --pretrain-steps 3 --n-embd 8", "--pretrain-lr")])
+    (f"--seed {10**20}", "--seed"), ("--threads 99999999999", "--threads"), ("--device meta", "meta"), ("--name " + "x" * 300, "--name")])
 def test_bad_options(out, capsys, options, says):
     before = sorted(map(str, out.rglob("*")))
     assert go(out, *options.split()) == 2
@@ -575,22 +574,31 @@ def test_a_failed_overwrite_leaves_the_old_run(out, capsys):
 
 
 def test_a_run_that_appears_meanwhile_stays(out, capsys, monkeypatch):
-    honest = train.evaluate
+    honest = train.load_task
 
     def meanwhile(*args):
         (out / "raced").mkdir()
         (out / "raced" / "checkpoint.pt").write_text("of another process")
         return honest(*args)
-    monkeypatch.setattr(train, "evaluate", meanwhile)
+    monkeypatch.setattr(train, "load_task", meanwhile)
     assert go(out, "--name", "raced") == 2
     assert [p.read_text() for p in (out / "raced").iterdir()] == ["of another process"]
 
 
 @pytest.mark.parametrize("algo", ["reinforce", "ppo"])
 def test_divergence_is_said_in_one_line(out, capsys, algo):
-    assert go(out, "--name", f"wild-{algo}", "--algo", algo, "--lr", 1e30) == 2
+    assert go(out, "--name", f"wild-{algo}", "--algo", algo, "--lr", 1e30) == 3
     err = capsys.readouterr().err
-    assert err.startswith("error: training diverged at iteration") and err.count("\n") == 1
+    assert re.match(r"error: training diverged at iteration 2, the \w+ is nan: lower the step", err) and err.count("\n") == 1
+    batch = torch.load(out / f"wild-{algo}" / "diverged.pt", weights_only=True)
+    assert batch is None or batch["actions"].shape == batch["mask"].shape
+
+
+def test_divergence_of_the_pretraining(tmp_path, capsys):
+    assert go(tmp_path, "--pretrain-lr", 1e30) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("error: pretraining diverged at step ") and err.count("\n") == 1 and "--pretrain-lr" in err
+    assert not list(tmp_path.rglob("*.pt")) and not (tmp_path / "reviews-trpo-0").exists()
 
 
 def test_a_damaged_pretrained_checkpoint(tmp_path, capsys):
