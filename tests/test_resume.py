@@ -94,7 +94,7 @@ def test_more_iterations_are_what_one_longer_run_would_have_been(out):
 
 
 def test_stopped_in_pretraining(tmp_path):
-    long = ("--pretrain-steps", 1000, "--iterations", 2)
+    long = ("--pretrain-steps", 500, "--iterations", 2)
     process = start(tmp_path, *long)
     wait_for(process, lambda: list(tmp_path.glob("pretrained/*.part")))
     process.terminate()
@@ -118,7 +118,7 @@ def test_killed_at_fifty_moments(tmp_path, processes):
         argv = ["--resume", str(run)] if (run / "config.json").exists() else [*options, "--out", str(run.parent), "--name", run.name]
         process = processes.Process(target=train.main, args=(argv,))
         process.start()
-        process.join(rng.uniform(0, 2))
+        process.join(rng.uniform(0, 1))
         if process.is_alive():
             process.kill()
             process.join()
