@@ -657,11 +657,11 @@ def train(config, resume=False):
 
 def resumed(run, given):
     """The Config of a run that is to go on. given: what the command line says beside --resume. Raises BadInput."""
-    run = Path(run)
+    run = Path(run).resolve()
     only(given, "resume", "task", "iterations", "save_every", "device", "threads", "tensorboard")
     try:
         was = Config(**json.loads((run / "config.json").read_text()))
-        config = checked(replace(was, **given, out=str(run.parent), name=run.resolve().name, overwrite=False))
+        config = checked(replace(was, **given, out=str(run.parent), name=run.name, overwrite=False))
     except BadInput:
         raise
     except (OSError, ValueError, TypeError):
