@@ -1,7 +1,8 @@
 """How noisy is the gradient under each estimator? `python tests/variance.py RUN`, RUN being one under gae, which has a critic.
 
 The run's policy and critic stand still; every estimator judges the same batches of episodes, and its gradients, one from each batch,
-are compared: the trace of their covariance over the square of their mean. A batch of N times as many episodes has an N-th of it.
+are compared: the trace of their covariance over the square of their mean. A batch of N times as many episodes has an N-th of it. The
+cosine is that of the mean with the mean under gae with λ = 1, which no critic can bias: how far the estimator has turned.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from model import Critic
 from reward import TASKS, load_task
 from rollout import load_checkpoint
 
-ESTIMATORS = {"returns": dict(advantage="returns"), **{f"gae, λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)},
+ESTIMATORS = {**{f"gae, λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)}, "returns": dict(advantage="returns"),
               "leave-one-out": dict(advantage="rloo"), "group-normalized": dict(advantage="grpo")}
 
 
@@ -55,10 +56,13 @@ def main():
     critic = Critic(policy.config, policy)
     critic.load_state_dict(more["critic"])
     task = load_task(args.task or config.task, config.pretrain_seed)
-    print(f"{args.run}: {args.batches} batches of {config.batch_size} episodes")
+    print(f"{args.run}: {args.batches} batches of {config.batch_size} episodes\n{'':18}    noise  from either half of the batches    cosine")
+    unbiased = None
     for name, choice in ESTIMATORS.items():
         g = gradients(task, policy, reference, critic, tokenizer, replace(config, **choice), args.batches)
-        print(f"{name:18} {noise(g):8.2f}   ({noise(g[::2]):.2f} and {noise(g[1::2]):.2f} from half of the batches each)", flush=True)
+        unbiased = g.mean(0) if unbiased is None else unbiased
+        cosine = torch.cosine_similarity(g.mean(0), unbiased, dim=0)
+        print(f"{name:18} {noise(g):8.2f} {noise(g[::2]):17.2f} {noise(g[1::2]):17.2f} {cosine:9.2f}", flush=True)
 
 
 if __name__ == "__main__":
