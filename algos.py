@@ -3,8 +3,8 @@
 A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). That the actions are
 tokens is known nowhere here. Every loss is a mean over the actions of the batch, so long episodes weigh by their length.
 
-`config` needs, everywhere: temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches, target_kl,
-entropy_coef; trpo: delta, cg_iters, damping, fisher_fraction, backtracks; fit_critic: critic_epochs, minibatches.
+`config` needs, everywhere: temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches, target_kl;
+trpo: delta, cg_iters, damping, fisher_fraction, backtracks; fit_critic: critic_epochs, minibatches.
 """
 
 import math
@@ -141,7 +141,6 @@ def ppo(policy, batch, optimizer, config, generator=None):
         ratio = (chosen(logp, mb.actions) - mb.logprobs).exp()
         bounded = ratio.clamp(1 - config.clip, 1 + config.clip)
         loss = -masked_mean(torch.min(ratio * mb.advantages, bounded * mb.advantages), mb.mask)
-        loss = loss - config.entropy_coef * masked_mean(entropy(logp), mb.mask)
         norm = gradient_step(policy, loss, optimizer, config.max_grad_norm)
         steps.append((loss.item(), norm, masked_mean(ratio != bounded, mb.mask).item()))
     loss, norm, clip_fraction = torch.tensor(steps).mean(0).tolist()

@@ -106,7 +106,6 @@ class Config:
     minibatches: int = option(4, "ppo and critic: parts of a pass", 1)
     clip: float = option(0.2, "ppo: epsilon, how far the probability ratio may leave 1", 0)
     target_kl: float = option(0.03, "ppo: mean KL from the old policy that ends an update, nats", 0)
-    entropy_coef: float = option(0.0, "ppo: reward per nat of entropy", 0)
     delta: float = option(0.01, "trpo: mean KL that an update may reach, nats", 0)
     cg_iters: int = option(10, "trpo: conjugate gradient iterations", 1)
     damping: float = option(0.1, "trpo: multiple of the identity added to the Fisher matrix", 0)

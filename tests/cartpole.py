@@ -26,7 +26,7 @@ SOLVED = 475  # steps that a hundred greedy episodes hold on average
 
 CONFIG = dict(episodes=16, iterations=200, gamma=0.99, lam=0.95, temperature=1.0, max_grad_norm=0.5, critic_lr=3e-3, critic_epochs=10,
               minibatches=8, delta=0.01, cg_iters=10, damping=0.1, fisher_fraction=1.0, backtracks=10, lr=1e-3, clip=0.2, epochs=10,
-              target_kl=0.03, entropy_coef=0.0)
+              target_kl=0.03)
 OWN = {"reinforce": dict(lr=1e-2), "trpo": {}, "ppo": {}}
 
 

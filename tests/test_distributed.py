@@ -18,7 +18,7 @@ from model import GPT, Critic, GPTConfig
 from test_train import FILE, TINY, rows, task_file
 
 ROOT, B, T = Path(__file__).parent.parent, 12, 7
-SETTINGS = dict(temperature=0.9, max_grad_norm=0.1, clip=0.01, epochs=3, minibatches=6, target_kl=0.01, entropy_coef=0.01, delta=0.01, cg_iters=10, damping=0.1,
+SETTINGS = dict(temperature=0.9, max_grad_norm=0.1, clip=0.01, epochs=3, minibatches=6, target_kl=0.01, delta=0.01, cg_iters=10, damping=0.1,
                 fisher_fraction=0.1, backtracks=10, critic_epochs=2)
 
 

@@ -87,7 +87,7 @@ class World:
         policy = copy.deepcopy(self.policy)
         _, logp = self.probabilities(policy)
         batch = Batch(self.tokens[rows, :-1], self.tokens[rows, 1:], self.mask[rows], logp.detach()[rows], advantages, advantages)
-        config = SimpleNamespace(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1, entropy_coef=0,
+        config = SimpleNamespace(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1,
                                  delta=0.01, cg_iters=1, damping=1e9, fisher_fraction=1.0, backtracks=0)
         before = flatten(policy.parameters()).detach()
         stats = update(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config)
