@@ -203,6 +203,8 @@ def pick_device(config):
     _, count = processes()
     if config.batch_size % (count * config.group_size):
         raise BadInput(f"--batch-size {config.batch_size} must be a multiple of {count} processes times --group-size {config.group_size}")
+    if config.pretrain_batch < count:
+        raise BadInput(f"--pretrain-batch {config.pretrain_batch} must be at least the number of processes, {count}")
     return torch.device(name)
 
 
@@ -217,8 +219,6 @@ def claim_run(config):
             raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run} to go on")
         if run.is_symlink() or run.exists() and not (run / "metrics.csv").is_file():
             raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
-        if run.exists():
-            open_metrics(run / "metrics.csv").close()  # nobody else is writing it
         start = Path(config.init).resolve()
         if config.init and run.resolve() in (start, *start.parents):
             raise BadInput(f"--overwrite would delete {run}, which is what --init starts from: give another --name")
@@ -242,25 +242,25 @@ def open_run(run, config):
         raise BadInput(f"cannot make {run}: give another --name ({e.strerror})")
 
 
-def open_metrics(path, rows=None):
-    """metrics.csv, for this process alone, to be gone on with after its header and so many rows. Raises BadInput."""
+def open_metrics(path):
+    """metrics.csv, for this process alone as long as it is open. Raises BadInput."""
     file = open(path, "r+", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0)))
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if rows is not None:  # what was done after the checkpoint will be done again
-            lines = [file.readline() for _ in range(rows + 1 if rows else 0)]
-            if not all(line.endswith("\n") for line in lines):
-                raise BadInput(f"{path} has fewer rows than the checkpoint has iterations: the run cannot go on")
-            file.seek(file.tell())
-            file.truncate()
     except BlockingIOError:
         file.close()
         raise BadInput(f"{path} is being written by another process: wait for it, or give another --name")
-    except BadInput:
-        file.close()
-        raise
     return file
+
+
+def cut(metrics, rows):
+    """Leave the header and so many rows: what was done after the checkpoint will be done again. Raises BadInput."""
+    lines = [metrics.readline() for _ in range(rows + 1 if rows else 0)]
+    if not all(line.endswith("\n") for line in lines):
+        raise BadInput(f"{metrics.name} has fewer rows than the checkpoint has iterations: the run cannot go on")
+    metrics.seek(metrics.tell())
+    metrics.truncate()
 
 
 def write_json(path, data):
@@ -422,7 +422,7 @@ def imitate(policy, rows, config, generator, part):
             if step % 200 == 0 and rank == 0:  # a multiple of the pool
                 write_atomically(part, lambda beside: torch.save({"step": step, **states(parts)}, beside))
             if all_sum(torch.tensor(len(stop), device=device)):
-                print(f"stopped at step {step} of the pretraining, which is kept: the same command, or --resume, goes on")
+                print(f"stopped at step {step} of the pretraining, which is kept: --resume with the run's directory goes on")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
     part.unlink(missing_ok=True)
 
@@ -545,7 +545,12 @@ def event_writer():
 
 
 def train(config, resume=False):
-    """One run, whole, or what is left of it."""
+    """One run, whole, or what is left of it, and nobody else's meanwhile."""
+    with contextlib.ExitStack() as held:
+        train_alone(config, resume, held.enter_context)
+
+
+def train_alone(config, resume, hold):
     SummaryWriter = event_writer() if config.tensorboard else None
     device, run = pick_device(config), Path(config.out) / config.name
     rank, count = processes()  # the first alone writes
@@ -554,6 +559,7 @@ def train(config, resume=False):
     task, new = load_task(config.task, config.pretrain_seed), rank == 0 and not run.exists()
     if new:
         open_run(run, config)
+    metrics = hold(open(os.devnull, "w") if rank else open_metrics(run / "metrics.csv"))
     try:
         if resume and (run / "checkpoint.pt").exists():
             policy, reference, tokenizer, more = load_checkpoint(run, device)
@@ -582,6 +588,7 @@ def train(config, resume=False):
         raise
     if not resume and not new and rank == 0:
         open_run(run, config)  # in place of the old one, now that nothing is likely to go wrong
+        metrics = hold(open_metrics(run / "metrics.csv"))
     iteration, seconds, pretraining, rejected, update = more["iteration"], more["seconds"], more["pretraining"], 0, ALGOS[config.algo]
 
     def save(iteration):
@@ -594,14 +601,16 @@ def train(config, resume=False):
                             iteration=iteration, pretraining=pretraining, generators=everyone, **states(parts))
 
     if rank == 0:
+        cut(metrics, iteration)
+        (run / "result.json").unlink(missing_ok=True)  # of fewer iterations
         write_json(run / "config.json", asdict(config))
-    events = SummaryWriter(str(run)) if SummaryWriter and rank == 0 else None
+    events = SummaryWriter(str(run), purge_step=iteration + 1) if SummaryWriter and rank == 0 else None
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, "
           f"{torch.get_num_threads()} threads, {device}" + f", {count} processes" * (count > 1) + f", after iteration {iteration}" * (iteration > 0))
-    with open(os.devnull, "w") if rank else open_metrics(run / "metrics.csv", iteration) as metrics, stopping() as stop:
+    with stopping() as stop:
         for iteration in range(iteration + 1, config.iterations + 1):
-            began, batch = time.perf_counter(), None
+            began, drawn = time.perf_counter(), states(generators)
             try:
                 batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
                 check_finite(**stats)
@@ -610,6 +619,7 @@ def train(config, resume=False):
                     stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
             except BadTask:
                 if count == 1:  # the others are elsewhere
+                    restore(drawn, generators)
                     save(iteration - 1)  # since when no weight has moved
                 raise
             except FloatingPointError as e:
@@ -690,7 +700,7 @@ def plan(given):
         raise BadInput("a comparison takes at least 1 of --seeds and of --iterations")
     configs = [configure({**given, "algo": algo, "seed": seed, "name": name and f"{name}-{algo}-{seed}"})
                for seed in range(first, first + seeds) for algo in algos]
-    stem = name or configs[0].name.partition(f"-{algos[0]}")[0]
+    stem = name or configs[0].name.rpartition(f"-{algos[0]}")[0]
     advantage = "" if name or configs[0].advantage == "gae" else f"-{configs[0].advantage}"
     return configs, f"{stem}-{'+'.join(algos)}{advantage}"
 

@@ -93,6 +93,23 @@ def test_more_iterations_are_what_one_longer_run_would_have_been(out):
     assert json.loads((out / "six" / "config.json").read_text())["iterations"] == 12
 
 
+def test_a_finished_run_that_goes_on_is_no_longer_finished(out, processes):
+    go(out, "--name", "longer", "--iterations", 3)
+    run = out / "longer"
+    process = processes.Process(target=train.main, args=(["--resume", str(run), "--iterations", "5000"],))
+    process.start()
+    while len(rows(run)) < 6:
+        assert process.is_alive()
+        time.sleep(0.01)
+    before = (run / "config.json").read_bytes()
+    for options in (["--resume", run, "--iterations", 7777], [*TINY, "--out", out, "--name", "longer", "--overwrite"]):
+        assert train.main([*map(str, options)]) == 2  # it is at work
+    process.kill()
+    process.join()
+    assert (run / "config.json").read_bytes() == before and json.loads(before)["iterations"] == 5000
+    assert not (run / "result.json").exists() and train.main(["--plot", str(run)]) == 2
+
+
 def test_stopped_in_pretraining(tmp_path):
     long = ("--pretrain-steps", 500, "--iterations", 2)
     process = start(tmp_path, *long)
