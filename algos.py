@@ -269,11 +269,11 @@ def trpo(policy, batch, optimizer, config, generator=None):
         new = log_probs(policy, batch.obs, config.temperature)
         return surrogate(new) - before, masked_mean(kl_divergence(old, new), batch.mask)
 
-    found, step = None, torch.zeros_like(x)
-    if 0 < xFx < math.inf:  # not for a zero gradient, nor where the products went wrong
+    found, step, usable = None, torch.zeros_like(x), 0 < xFx < math.inf  # not for a zero gradient, nor where products went wrong
+    if usable:
         step = (2 * config.delta / xFx).sqrt() * x
         found = line_search(evaluate, params, step, config.delta, config.backtracks)
     halvings, gain, kl = found or (config.backtracks + 1, 0.0, 0.0)
     return {"loss": -before.item(), "grad_norm": g.norm().item(), "kl_update": kl, "accepted": int(found is not None),
             "halvings": halvings, "gain": gain, "step_norm": step.norm().item() * 0.5 ** halvings if found else 0.0,
-            "cg_residual": (r.norm() / g.norm()).item() if 0 < xFx < math.inf else 0.0}
+            "cg_residual": (r.norm() / g.norm()).item() if usable else 0.0}

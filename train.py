@@ -155,8 +155,8 @@ def configure(given):
     kind = "" if config.advantage == "gae" else f"-{config.advantage}"
     if config.task not in TASKS and Path(config.task).is_file():
         config.task = str(Path(config.task).resolve())
-    if Path(config.init).exists():
-        config.init = str(Path(config.init).resolve()) if config.init else ""
+    if config.init and Path(config.init).exists():
+        config.init = str(Path(config.init).resolve())
     config.name = config.name or f"{Path(config.task).stem}-{config.algo}{kind}-{config.seed}"
     return checked(config)
 
@@ -186,7 +186,7 @@ def checked(config):
 
 
 def pick_device(config):
-    """The device that --device asks for, and --threads at work. Raises BadInput."""
+    """The device that --device asks for, with --threads and, under torchrun, the other processes at work. Raises BadInput."""
     if config.threads:
         torch.set_num_threads(config.threads)
     name = config.device
@@ -209,7 +209,7 @@ def pick_device(config):
 
 
 def claim_run(config):
-    """The run's directory, made later. Raises BadInput now where it would replace a run or could not be written."""
+    """Raises BadInput where the run, made later, would replace another or could not be written."""
     out, run = Path(config.out), Path(config.out) / config.name
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,6 @@ def claim_run(config):
             raise BadInput(f"--overwrite would delete {run}, which is what --init starts from: give another --name")
     except OSError as e:
         raise BadInput(f"cannot use the directory {run}: choose another --out or --name ({e.strerror})")
-    return run
 
 
 def open_run(run, config):
@@ -422,7 +421,7 @@ def imitate(policy, rows, config, generator, part):
             if step % 200 == 0 and rank == 0:  # a multiple of the pool
                 write_atomically(part, lambda beside: torch.save({"step": step, **states(parts)}, beside))
             if all_sum(torch.tensor(len(stop), device=device)):
-                print(f"stopped at step {step} of the pretraining, which is kept: --resume with the run's directory goes on")
+                print(f"stopped at step {step} of the pretraining: --resume with the run's directory goes on after {step - step % 200}")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
     part.unlink(missing_ok=True)
 
@@ -551,6 +550,7 @@ def train(config, resume=False):
 
 
 def train_alone(config, resume, hold):
+    """`train`, whose `hold` keeps metrics.csv open, and with it the run locked, until all is done."""
     SummaryWriter = event_writer() if config.tensorboard else None
     device, run = pick_device(config), Path(config.out) / config.name
     rank, count = processes()  # the first alone writes
@@ -566,6 +566,9 @@ def train_alone(config, resume, hold):
         else:
             policy, tokenizer, pretraining = pretrained(config, task, device)
             reference, more = copy.deepcopy(policy), {"iteration": 0, "seconds": 0.0, "pretraining": pretraining}
+        done = more["iteration"]
+        if resume and (config.iterations < done or config.iterations == done and (run / "result.json").exists()):
+            raise BadInput(f"{run} has done {done} iterations: give more --iterations to go on")
         if config.init:
             vars(config).update(asdict(policy.config), tokenizer="gpt2" if tokenizer.merges is None else "bpe")  # as they are
         reference.requires_grad_(False)
@@ -576,7 +579,7 @@ def train_alone(config, resume, hold):
         generators = {"prompts": torch.Generator().manual_seed(own + 1), "sample": torch.Generator(device).manual_seed(own + 2),
                       "update": torch.Generator().manual_seed(10 * config.seed + 3)}
         parts = {"critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
-        if more["iteration"]:
+        if done:
             if len(more["generators"]) != count:
                 raise BadInput(f"{run} was trained by {len(more['generators'])} processes, and goes on with as many")
             restore(more, parts)
@@ -589,7 +592,7 @@ def train_alone(config, resume, hold):
     if not resume and not new and rank == 0:
         open_run(run, config)  # in place of the old one, now that nothing is likely to go wrong
         metrics = hold(open_metrics(run / "metrics.csv"))
-    iteration, seconds, pretraining, rejected, update = more["iteration"], more["seconds"], more["pretraining"], 0, ALGOS[config.algo]
+    iteration, seconds, pretraining, rejected, update = done, more["seconds"], more["pretraining"], 0, ALGOS[config.algo]
 
     def save(iteration):
         everyone = [states(generators)] * count
@@ -679,9 +682,6 @@ def resumed(run, given):
         raise BadInput(f"{run} is of a task of its own: add --task {was.task} to execute that file")
     if config.task != was.task and str(Path(config.task).resolve()) != was.task:
         raise BadInput(f"{run} is of the task {was.task}, and cannot go on with another")
-    done = load_checkpoint(run)[3].get("iteration", 0) if (run / "checkpoint.pt").exists() else 0
-    if config.iterations < done or config.iterations == done and (run / "result.json").exists():
-        raise BadInput(f"{run} has done {done} iterations: give more --iterations to go on")
     return config
 
 
@@ -731,8 +731,9 @@ def train_all(configs, name):
         finished(config)  # before the first is trained, whether the last can be
     diverged, runs = [], [Path(config.out) / config.name for config in configs]
     for i, (config, run) in enumerate(zip(configs, runs), 1):
-        print(f"\nrun {i} of {len(runs)}: {run}" + (" is finished, and not trained again" if finished(config) else ""))
-        if not finished(config):
+        there = finished(config)
+        print(f"\nrun {i} of {len(runs)}: {run}" + " is finished, and not trained again" * there)
+        if not there:
             try:
                 train(config, resume=run.exists() and not config.overwrite)
             except FloatingPointError as e:
