@@ -7,6 +7,7 @@ tokens is known nowhere here. Every loss is a mean over the actions of the batch
 trpo: delta, cg_iters, damping, fisher_fraction, backtracks; fit_critic: critic_epochs, minibatches.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -237,6 +238,16 @@ def line_search(evaluate, params, step, delta, backtracks):
     return None
 
 
+def in_full(update):
+    """The update with torch.autocast off: a curvature takes more bits than bfloat16 has."""
+    @functools.wraps(update)
+    def exact(policy, batch, *args, **kwargs):
+        with torch.autocast(batch.mask.device.type, enabled=False):
+            return update(policy, batch, *args, **kwargs)
+    return exact
+
+
+@in_full
 def trpo(policy, batch, optimizer, config, generator=None):
     """The largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
 

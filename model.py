@@ -36,13 +36,14 @@ class KVCache:
     Time comes first: what was read is then one block of memory, which a step reads through in order and never copies.
     """
 
-    def __init__(self, batch_size, n_head, max_length, head_size, device, dtype):
-        self.k = torch.empty(max_length, batch_size, n_head, head_size, device=device, dtype=dtype)
-        self.v = torch.empty_like(self.k)
-        self.length = 0  # S, tokens read so far
+    def __init__(self, max_length):
+        self.max_length, self.length = max_length, 0  # S, tokens read so far
 
     def append(self, k, v):
         """Add the keys and values (B, H, T, D) of T new tokens; returns those of all S tokens, (S, B, H, D) each."""
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = (k.new_empty(self.max_length, B, H, D) for _ in range(2))
         start, self.length = self.length, self.length + k.shape[2]
         self.k[start:self.length], self.v[start:self.length] = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
         return self.k[:self.length], self.v[:self.length]
@@ -129,7 +130,8 @@ class GPT(nn.Module):
     """The policy. tokens (B, T) int64 -> logits (B, T, vocab_size); column t scores the token after tokens[:, :t+1].
 
     With a cache from `kv_cache`, tokens are only the new ones, and the logits those that the full sequence would give
-    there. Raises ValueError past block_size. The output head is the token embedding (tied).
+    there. Raises ValueError past block_size. The output head is the token embedding (tied). Logits have the weights' precision,
+    whatever torch.autocast computes them in.
     """
 
     def __init__(self, config, generator=None):
@@ -138,12 +140,12 @@ class GPT(nn.Module):
         self.transformer = Transformer(config, generator)
 
     def forward(self, tokens, cache=None):
-        return F.linear(self.transformer(tokens, cache), self.transformer.wte.weight)
+        embedding = self.transformer.wte.weight
+        return F.linear(self.transformer(tokens, cache), embedding).to(embedding.dtype)
 
-    def kv_cache(self, batch_size, max_length):
-        """An empty cache for batch_size sequences of at most max_length tokens: one KVCache per layer."""
-        c, w = self.config, self.transformer.wte.weight
-        return [KVCache(batch_size, c.n_head, max_length, c.n_embd // c.n_head, w.device, w.dtype) for _ in range(c.n_layer)]
+    def kv_cache(self, max_length):
+        """An empty cache for sequences of at most max_length tokens: one KVCache per layer."""
+        return [KVCache(max_length) for _ in range(self.config.n_layer)]
 
     @classmethod
     def from_gpt2(cls, path):
@@ -196,7 +198,7 @@ class Critic(nn.Module):
             self.transformer.load_state_dict(policy.transformer.state_dict())
 
     def forward(self, tokens):
-        return self.value_head(self.transformer(tokens)).squeeze(-1)
+        return self.value_head(self.transformer(tokens)).to(self.value_head.weight.dtype).squeeze(-1)
 
 
 # GPT-2's weights as Hugging Face keeps them.

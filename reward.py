@@ -19,6 +19,14 @@ class BadTask(ValueError):
     """A task that cannot be used. The message is one line that says why; the cause, if any, is the error of the task's own code."""
 
 
+class NotFinite(BadTask, FloatingPointError):
+    """A score that is no finite number. batch: the prompts, completions and scores among which it stands, as texts."""
+
+    def __init__(self, message, batch):
+        super().__init__(message)
+        self.batch = batch
+
+
 class Text(str):
     """A string that carries more than its characters: Text("7+5=", answer="12").answer is "12".
 
@@ -133,7 +141,7 @@ def one_line(error):
 def score(function, prompts, completions):
     """What a reward or metric says of each of B completions: B floats.
 
-    Raises BadTask where it fails (the cause is its own error) or gives anything but one finite number each.
+    Raises BadTask where it fails (the cause is its own error) or gives anything but a number each, NotFinite for NaN and the like.
     """
     pairs, values, together = list(zip(prompts, completions)), [], getattr(function, "batched", False)
     name = getattr(function, "__name__", "reward")
@@ -153,8 +161,11 @@ def score(function, prompts, completions):
         raise BadTask(f"{name} must give a list of {len(pairs)} numbers, one for each completion of the batch")
     values = [v.tolist() if hasattr(v, "tolist") else v for v in values]  # what numpy and torch call a number
     for value, pair in zip(values, pairs):
-        if not (isinstance(value, numbers.Real) and abs(value) < 1e38):  # nor NaN, nor more than float32 holds
-            raise BadTask(f"{name} gave {value!r} for {about(pair)}: a reward must be one finite number")
+        what = f"{name} gave {value!r} for {about(pair)}: a reward must be one finite number"
+        if not isinstance(value, numbers.Real):
+            raise BadTask(what)
+        if not abs(value) < 1e38:  # nor NaN, nor more than float32 holds
+            raise NotFinite(what, {"prompts": [*map(str, prompts)], "completions": [*map(str, completions)], "scores": [*map(repr, values)]})
     return [float(value) for value in values]
 
 

@@ -46,16 +46,15 @@ class Tokenizer:
     `learn` makes a vocabulary from a corpus, offline; `gpt2` is GPT-2's own. Sennrich et al. 2016; Radford et al. 2019.
     """
 
-    def __init__(self, encoding, merges=None):
-        self.encoding, self.merges = encoding, merges
+    def __init__(self, encoding):
+        self.encoding, self.name = encoding, encoding.name
         self.eos_token, self.vocab_size = encoding.eot_token, encoding.n_vocab
 
     @classmethod
     def from_merges(cls, merges):
         """merges: the tokens of more than one byte, as bytes, in the order in which they were learned."""
-        ranks = {bytes([i]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(merges)}
-        special = {"<|endoftext|>": len(ranks)}
-        return cls(tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special), merges)
+        tokens = [*(bytes([i]) for i in range(256)), *merges]
+        return cls.from_state({"name": "bpe", "pattern": SPLIT, "tokens": [token.hex() for token in tokens]})
 
     @classmethod
     def learn(cls, texts, vocab_size, sample_size=20_000):
@@ -79,6 +78,7 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls):
+        """GPT-2's, which tiktoken fetches where it has not before. Raises BadInput."""
         try:
             return cls(tiktoken.get_encoding("gpt2"))
         except Exception as e:  # whatever the network or the cache can raise
@@ -98,12 +98,17 @@ class Tokenizer:
         return torch.tensor(sizes)
 
     def state(self):
-        """What `from_state` needs to make it again: plain data, safe to load from a stranger."""
-        return "gpt2" if self.merges is None else [token.hex() for token in self.merges]
+        """What `from_state` needs to make it again without a network: plain data, safe to load from a stranger."""
+        tokens = map(self.encoding.decode_single_token_bytes, range(self.eos_token))
+        return {"name": self.name, "pattern": self.encoding._pat_str, "tokens": [token.hex() for token in tokens]}
 
     @classmethod
     def from_state(cls, state):
-        return cls.gpt2() if state == "gpt2" else cls.from_merges([bytes.fromhex(token) for token in state])
+        ranks = {bytes.fromhex(token): i for i, token in enumerate(state["tokens"])}
+        if len(ranks) < len(state["tokens"]) or not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("a vocabulary holds each byte, and no token twice")
+        return cls(tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks,
+                                     special_tokens={"<|endoftext|>": len(ranks)}))
 
 
 @dataclass
@@ -185,7 +190,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     with torch.inference_mode():
         rows = torch.arange(B, device=device)  # the rows that the cache holds: in the end only those still being written
         t = min(map(len, prompts))  # the position to be written next
-        cache = policy.kv_cache(B, T)
+        cache = policy.kv_cache(T)
         logits = policy(tokens[:, :t], cache)[:, -1]  # (rows, V)
         while True:
             forced, ended = t < start[rows], t >= ends[rows]  # (rows,) still in the prompt; done, with eos_token as filler

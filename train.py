@@ -8,6 +8,7 @@ the same look again. Everything goes to runs/NAME/. Several algorithms and seeds
 import contextlib
 import copy
 import csv
+import errno
 import functools
 import hashlib
 import itertools
@@ -76,11 +77,12 @@ class Config:
     seed: int = option(0, "of everything after pretraining", 0, 10 ** 9)
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
+    dtype: str = option("float32", "of matrix products, but for trpo's update: that takes float32", choices=("float32", "bfloat16"))
     tensorboard: bool = option(False, "write event files too, if tensorboard is installed")
     # the model and its pretraining
-    init: str = option("", "weights to start from: a run, a checkpoint, a GPT-2's directory, or gpt2 (downloads 0.5 GB)")
+    init: str = option("", "weights to start from: a run, a checkpoint, a GPT-2's directory (downloads its vocabulary), or gpt2 (downloads 0.5 GB)")
     pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0, 10 ** 9)
-    tokenizer: str = option("bpe", "bpe learned from the corpus, or GPT-2's", choices=("bpe", "gpt2"))
+    tokenizer: str = option("bpe", "bpe learned from the corpus, or GPT-2's (downloads it)", choices=("bpe", "gpt2"))
     vocab_size: int = option(512, "most tokens in the learned vocabulary", 257)
     block_size: int = option(64, "context, tokens", 2)
     n_layer: int = option(2, "transformer blocks", 1)
@@ -198,6 +200,8 @@ def pick_device(config):
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
         raise BadInput(f"there is no device {name} here: --device takes auto, cpu, cuda or mps, and cpu always works")
+    if config.dtype == "bfloat16" and name.startswith("cuda") and not torch.cuda.is_bf16_supported():
+        raise BadInput("this GPU has no bfloat16: leave --dtype out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # started by torchrun
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     _, count = processes()
@@ -206,6 +210,11 @@ def pick_device(config):
     if config.pretrain_batch < count:
         raise BadInput(f"--pretrain-batch {config.pretrain_batch} must be at least the number of processes, {count}")
     return torch.device(name)
+
+
+def mixed(config, device, **options):
+    """Within it matrix products are of --dtype; weights, optimizers, logits and all that is summed over a batch stay float32."""
+    return torch.autocast(device.type, **{"dtype": torch.bfloat16, "enabled": config.dtype == "bfloat16", **options})
 
 
 def claim_run(config):
@@ -272,11 +281,14 @@ def states(parts):
             for name, part in parts.items()}
 
 
-def restore(saved, parts):
-    """The reverse of `states`."""
-    for name, part in parts.items():
-        if part is not None:
-            (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(saved[name])
+def restore(saved, parts, path):
+    """The reverse of `states`. path: the file that it comes from. Raises BadInput."""
+    try:
+        for name, part in parts.items():
+            if part is not None:
+                (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(saved[name])
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise BadInput(f"{path} is damaged, or not of this run: delete it, or give another ({type(e).__name__})")
 
 
 @contextlib.contextmanager
@@ -316,7 +328,7 @@ def pretrained(config, task, device):
         return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
     if not task.corpus:
         raise BadInput(f"{config.task} has no corpus to learn from: define one, or start from weights with --init")
-    decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr"
+    decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr dtype"
     key = hashlib.sha256(json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus, "1% held out"]).encode())
     for tensor in policy.state_dict().values() if policy else ():
         key.update(tensor.cpu().numpy())
@@ -398,17 +410,18 @@ def imitate(policy, rows, config, generator, part):
     if part.exists():
         try:
             saved = torch.load(part, weights_only=True)
-            restore(saved, parts)
-            done = saved["step"]
+            done = int(saved["step"])
         except Exception as e:  # a damaged file can raise nearly anything
             raise BadInput(f"{part} is damaged: delete it, and pretraining starts anew ({type(e).__name__})")
+        restore(saved, parts, part)
         print(f"pretraining goes on after step {done}")
     with stopping() as stop:
         for step, drawn in zip(range(done + 1, steps + 1), batches()):
             optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / warmup, 1 - step / (steps + 1))
             mine = rows[drawn.tensor_split(count)[rank]]
             tokens = (mine[:, 1:] >= 0).sum().to(device)
-            loss = nll(policy, mine, "mean") * (tokens / all_sum(tokens))
+            with mixed(config, device):
+                loss = nll(policy, mine, "mean") * (tokens / all_sum(tokens))
             try:
                 gradient_step(policy, loss, optimizer, max_grad_norm=1.0)
             except FloatingPointError as e:
@@ -438,8 +451,9 @@ def compare(rollout, reference, temperature):
 
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
     """Let the policy complete the prompts. Returns the Rollout, its completions as a reward gets them, and what `compare` says."""
-    rollout = sample(policy, [tokenizer.encode(p) for p in prompts], config.max_new_tokens, tokenizer.eos_token, temperature, generator)
-    compared = compare(rollout, reference, config.temperature)
+    with mixed(config, next(policy.parameters()).device):
+        rollout = sample(policy, [tokenizer.encode(p) for p in prompts], config.max_new_tokens, tokenizer.eos_token, temperature, generator)
+        compared = compare(rollout, reference, config.temperature)
     mask, ref_logp = rollout.mask, compared[1]  # (B, T)
     length = mask.sum(1)  # (B,)
     ended = (mask & (rollout.tokens[:, 1:] == tokenizer.eos_token)).any(1)
@@ -545,8 +559,13 @@ def event_writer():
 
 def train(config, resume=False):
     """One run, whole, or what is left of it, and nobody else's meanwhile."""
-    with contextlib.ExitStack() as held:
-        train_alone(config, resume, held.enter_context)
+    try:
+        with contextlib.ExitStack() as held:
+            train_alone(config, resume, held.enter_context)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise BadInput(f"no room to write in {Path(config.out) / config.name}: free some space and go on with --resume ({e.strerror})")
 
 
 def train_alone(config, resume, hold):
@@ -563,6 +582,9 @@ def train_alone(config, resume, hold):
     try:
         if resume and (run / "checkpoint.pt").exists():
             policy, reference, tokenizer, more = load_checkpoint(run, device)
+            kinds = {"iteration": int, "seconds": float, "pretraining": dict, "generators": list}
+            if not all(isinstance(more.get(name), kind) for name, kind in kinds.items()):
+                raise BadInput(f"{run / 'checkpoint.pt'} is not of a run that can go on: give another")
         else:
             policy, tokenizer, pretraining = pretrained(config, task, device)
             reference, more = copy.deepcopy(policy), {"iteration": 0, "seconds": 0.0, "pretraining": pretraining}
@@ -570,7 +592,7 @@ def train_alone(config, resume, hold):
         if resume and (config.iterations < done or config.iterations == done and (run / "result.json").exists()):
             raise BadInput(f"{run} has done {done} iterations: give more --iterations to go on")
         if config.init:
-            vars(config).update(asdict(policy.config), tokenizer="gpt2" if tokenizer.merges is None else "bpe")  # as they are
+            vars(config).update(asdict(policy.config), tokenizer=tokenizer.name)  # as they are
         reference.requires_grad_(False)
         critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
         optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
@@ -582,8 +604,8 @@ def train_alone(config, resume, hold):
         if done:
             if len(more["generators"]) != count:
                 raise BadInput(f"{run} was trained by {len(more['generators'])} processes, and goes on with as many")
-            restore(more, parts)
-            restore(more["generators"][rank], generators)
+            restore(more, parts, run / "checkpoint.pt")
+            restore(more["generators"][rank], generators, run / "checkpoint.pt")
         before, texts_before = evaluate(task, reference, reference, tokenizer, config)
     except Exception:
         if new:  # there is nothing in it
@@ -617,19 +639,22 @@ def train_alone(config, resume, hold):
             try:
                 batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
                 check_finite(**stats)
-                stats |= update(policy, batch, optimizer, config, generators["update"])
-                if critic:
-                    stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
-            except BadTask:
-                if count == 1:  # the others are elsewhere
-                    restore(drawn, generators)
+                with mixed(config, device, cache_enabled=False):  # the weights change within
+                    stats |= update(policy, batch, optimizer, config, generators["update"])
+                    if critic:
+                        stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
+                check_finite(**stats)  # nor save what an update has ruined
+            except (BadTask, FloatingPointError) as e:
+                if isinstance(e, BadTask) and count == 1:  # the others are elsewhere
+                    restore(drawn, generators, run)
                     save(iteration - 1)  # since when no weight has moved
-                raise
-            except FloatingPointError as e:
+                if not isinstance(e, FloatingPointError):
+                    raise
                 if rank == 0:
-                    write_atomically(run / "diverged.pt", lambda beside: torch.save(vars(batch), beside))
-                raise FloatingPointError(f"training diverged at iteration {iteration}, {e}: lower the step (--lr, --critic-lr or --delta); "
-                                         f"the batch is in {run / 'diverged.pt'}")
+                    saved = e.batch if isinstance(e, BadTask) else vars(batch)
+                    write_atomically(run / "diverged.pt", lambda beside: torch.save(saved, beside))
+                hint = "" if isinstance(e, BadTask) else ": lower the step (--lr, --critic-lr or --delta)"
+                raise FloatingPointError(f"training stopped at iteration {iteration}, {e}{hint}; the batch is in {run / 'diverged.pt'}")
             took = time.perf_counter() - began
             seconds += took
             row = {"iteration": iteration, **stats, "seconds": took}
@@ -898,7 +923,7 @@ def only(given, option, *takes):
 
 def look(run, given):
     """Print the held-out figures of a run or checkpoint. given: what the command line says beside --eval."""
-    only(given, "eval", "task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads")
+    only(given, "eval", "task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads", "dtype")
     policy, reference, tokenizer, more = load_checkpoint(run)
     try:
         config = checked(Config(**{**more["config"], **given}))

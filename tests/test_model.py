@@ -27,13 +27,13 @@ def tokens(B, T):
 
 @pytest.mark.parametrize("cuts", [[12], [1] * 12, [5, 1, 1, 1, 1, 1, 1, 1], [3, 4, 1, 2, 2]])
 def test_cached_decoding_equals_the_full_forward(policy, cuts):
-    x, cache = tokens(4, 12), policy.kv_cache(4, 12)
+    x, cache = tokens(4, 12), policy.kv_cache(12)
     parts = [policy(part, cache) for part in x.split(cuts, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), policy(x))
 
 
 def test_cache_keeps_the_rows_that_it_is_told_to(policy):
-    x, cache, rows = tokens(4, 6), policy.kv_cache(4, 12), torch.tensor([3, 1])
+    x, cache, rows = tokens(4, 6), policy.kv_cache(12), torch.tensor([3, 1])
     policy(x[:, :5], cache)
     for layer in cache:
         layer.keep(rows)
@@ -104,7 +104,7 @@ def test_critic_starts_at_zero_on_weights_of_its_own(policy):
 def test_past_the_context_it_refuses(policy):
     with pytest.raises(ValueError, match="13 tokens do not fit the context of 12"):
         policy(torch.zeros(1, 13, dtype=torch.long))
-    cache = policy.kv_cache(1, 12)
+    cache = policy.kv_cache(12)
     policy(tokens(1, 12), cache)
     with pytest.raises(ValueError, match="context"):
         policy(tokens(1, 1), cache)

@@ -151,3 +151,36 @@ def test_killed_at_fifty_moments(tmp_path, processes):
             done = saved
     assert resume(run) is None if not finished else True
     assert outcome(run) == outcome(tmp_path / "whole" / "run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_a_full_disk(tmp_path, capsys):
+    """Where nothing more can be written the run ends, and goes on from the last whole checkpoint when there is room."""
+    import resource
+    go(tmp_path, "--name", "whole")
+    go(tmp_path, "--name", "cut", "--iterations", 3)
+    run, long = tmp_path / "cut", tmp_path / "long"
+    limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), (run / "checkpoint.pt").stat().st_size
+
+    def out_of_room(room, *options):
+        before = (run / "checkpoint.pt").read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            status = train.main([*map(str, options)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        err = capsys.readouterr().err
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "free some space" in err
+        assert (run / "checkpoint.pt").read_bytes() == before and json.loads((run / "config.json").read_text())
+        assert not [path for path in tmp_path.rglob("*.part") if path.parent.name != "pretrained"]
+        return err
+
+    capsys.readouterr()
+    assert str(run / "checkpoint.pt") in out_of_room(size - 1, "--resume", run, "--iterations", 12)  # a checkpoint does not fit
+    assert len(rows(run)) == 1 + 6 and load_checkpoint(run)[3]["iteration"] == 3
+    room = (run / "config.json").stat().st_size + 99
+    assert f"no room to write in {run}" in out_of_room(room, "--resume", run, "--iterations", 12, "--save-every", 99)  # a row does not
+    assert not (run / "metrics.csv").read_text().endswith("\n")  # it is torn
+    assert resume(run, "--iterations", 12) is None and outcome(run) == outcome(tmp_path / "whole")
+    err = out_of_room(size // 2, *SMALL, "--out", long, "--pretrain-steps", 201)  # nor what pretraining keeps
+    assert ".part" in err and not list(long.rglob("*.p*t"))

@@ -58,7 +58,8 @@ def test_chinese_can_be_cut_after_any_character():
 def test_tokenizer_state_is_plain_and_complete():
     tokenizer = Tokenizer.learn(TEXTS, 280)
     again = Tokenizer.from_state(tokenizer.state())
-    assert all(isinstance(s, str) for s in tokenizer.state())
+    state = json.loads(json.dumps(tokenizer.state()))
+    assert state == tokenizer.state() == again.state() and again.name == "bpe"
     assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1]) and again.eos_token == tokenizer.eos_token
 
 
@@ -296,7 +297,7 @@ def test_weights_of_a_run_a_checkpoint_or_a_gpt2(tmp_path, gpt2_vocabulary):
     policy = GPT(GPTConfig(50257, 16, 1, 2, 8))
     policy.to_gpt2(tmp_path / "gpt2", 50256)
     again, tokenizer = load_weights(str(tmp_path / "gpt2"))
-    assert torch.equal(again(x), policy(x)) and tokenizer.eos_token == 50256 and tokenizer.state() == "gpt2"
+    assert torch.equal(again(x), policy(x)) and tokenizer.eos_token == 50256 and tokenizer.name == "gpt2"
 
 
 def test_weights_that_cannot_be_had(tmp_path, monkeypatch, gpt2_vocabulary):
@@ -437,12 +438,3 @@ def test_an_output_that_is_full(run):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, ROOT / "rollout.py", run, "--prompt", "the"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("bad", ["-n 0", "--temperature -1", "--temperature 0", "--temperature nan", "--greedy --temperature 1", "--what", "--max-new-tokens 99",
-                                 "--max-new-tokens 0", "--seed -1", "--top-k -1", "--top-p 0", "--top-p 1.5", "--top-p nan", "--top-k many", "-n 99999999999999", "--export=", "--prompt " + 24 * "z"])
-def test_bad_options(run, capsys, bad):
-    for command in ([run, *bad.split()], ["nowhere", *bad.split()]):
-        assert rollout.main([*map(str, [command[0], "--prompt", "the", *command[1:]])]) == 2
-        out = capsys.readouterr()
-        assert out.err.startswith("error: ") and out.err.count("\n") == 1 and not out.out
