@@ -1,17 +1,21 @@
 """How long things take and how much memory, as ratios within one run: `python tests/bench.py [PART …] [--json FILE]`.
 
 Parts: fisher, updates, iteration, sampling; these are what runs by default, some five minutes. And `seconds`, a whole default run
-of train.py taken apart, and `growth`, one RL iteration at growing sizes. Machines are shared and noisy: what is compared is run in
+of train.py taken apart, `growth`, one RL iteration at growing sizes, and `processes`, one on two processes, two threads and in
+bfloat16. Machines are shared and noisy: what is compared is run in
 turns, and a ratio is the median of the turns' ratios. Let nothing else run beside it.
 """
 
 import argparse
 import contextlib
 import copy
+import csv
 import io
 import json
 import multiprocessing
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -317,7 +321,33 @@ def growth():
     return figures
 
 
-PARTS = {f.__name__: f for f in (fisher, updates, iteration, sampling, seconds, growth)}
+# Processes, threads and precision.
+
+def processes(rounds=2, iterations=6):
+    """Seconds of a default iteration on reviews: of one process with one thread, and what two processes, two threads or bfloat16 make of it."""
+    kinds = {"one process, one thread": (1, 1), "two processes, one thread each": (2, 1), "one process, two threads": (1, 2), "bfloat16": (1, 1)}
+    rows = []
+    with tempfile.TemporaryDirectory() as out:
+        def run(algo, kind):
+            count, threads = kinds[kind]
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+            options = dict(algo=algo, out=out, name="timed", threads=threads, iterations=iterations, dtype=kind if kind == "bfloat16" else "float32")
+            options = ["--eval-episodes=2", "--overwrite", *(f"--{name}={value}" for name, value in options.items())]
+            subprocess.run([sys.executable, *launcher, train.__file__, *options], check=True, capture_output=True,
+                           env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+            with open(Path(out) / "timed" / "metrics.csv") as file:
+                return [float(row["seconds"]) for row in csv.DictReader(file)][1:]  # the first of all warms up
+        for algo in train.ALGOS:
+            t = {kind: [] for kind in kinds}
+            for _ in range(rounds):
+                for kind in kinds:
+                    t[kind] += run(algo, kind)
+            alone = t.pop("one process, one thread")
+            rows.append({"": algo, "s": statistics.median(alone), **{f"gain of {kind}": ratio(alone, values) for kind, values in t.items()}})
+    return show("An iteration of 256 episodes, its critic's fit included: how many times faster than one process with one thread", rows)
+
+
+PARTS = {f.__name__: f for f in (fisher, updates, iteration, sampling, seconds, growth, processes)}
 
 
 def main():
