@@ -230,7 +230,7 @@ def write_atomically(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         if beside.is_file():
-            with open(beside, "rb") as file:
+            with open(beside, "rb+") as file:  # Windows syncs only what could be written
                 os.fsync(file.fileno())  # so that the name never comes to disk before the content
         os.replace(beside, path)
     except Exception as e:  # for a full disk, torch and safetensors have errors of their own
@@ -264,8 +264,8 @@ def load_checkpoint(path, device="cpu"):
         if "reference" in state:
             reference = GPT(config)
             reference.load_state_dict(state.pop("reference"))
-        if tokenizer.vocab_size != config.vocab_size:
-            raise ValueError("the tokenizer is not this model's")
+        if tokenizer.vocab_size != config.vocab_size or not math.isfinite(state.get("config", {}).get("temperature", 1.0)):
+            raise ValueError("the tokenizer or the run's config is not this model's")
     except BadInput:
         raise
     except PermissionError as e:

@@ -170,9 +170,9 @@ def checked(config):
             raise BadInput(message)
 
     for f in fields(Config):
-        low, high, value = f.metadata["low"], f.metadata["high"], getattr(config, f.name)
+        low, high, value = f.metadata["low"], min(f.metadata["high"], 10 ** 9 if f.type is int else math.inf), getattr(config, f.name)
         bound = f"a finite number of at least {low}" + (f" and at most {high}" if high < math.inf else "")
-        require(low is None or low <= value <= high and math.isfinite(value),
+        require(low is None or low <= value <= high and value < math.inf,
                 f"--{f.name.replace('_', '-')} is {value}: it must be {bound}")
     c = config
     require(c.algo in ALGOS, f"--algo {c.algo} is not known: choose among {', '.join(ALGOS)}")
@@ -200,6 +200,8 @@ def pick_device(config):
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
         raise BadInput(f"there is no device {name} here: --device takes auto, cpu, cuda or mps, and cpu always works")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # where nccl, too, is to work
     if config.dtype == "bfloat16" and name.startswith("cuda") and not torch.cuda.is_bf16_supported():
         raise BadInput("this GPU has no bfloat16: leave --dtype out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # started by torchrun
@@ -214,7 +216,7 @@ def pick_device(config):
 
 def mixed(config, device, **options):
     """Within it matrix products are of --dtype; weights, optimizers, logits and all that is summed over a batch stay float32."""
-    return torch.autocast(device.type, **{"dtype": torch.bfloat16, "enabled": config.dtype == "bfloat16", **options})
+    return torch.autocast(device.type, torch.bfloat16, **options) if config.dtype == "bfloat16" else contextlib.nullcontext()
 
 
 def claim_run(config):
@@ -288,7 +290,7 @@ def restore(saved, parts, path):
             if part is not None:
                 (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(saved[name])
     except Exception as e:  # a damaged file can raise nearly anything
-        raise BadInput(f"{path} is damaged, or not of this run: delete it, or give another ({type(e).__name__})")
+        raise BadInput(f"{path} is damaged, or of another run or kind of device: delete it, or give another ({type(e).__name__})")
 
 
 @contextlib.contextmanager
@@ -782,7 +784,7 @@ def read_run(run):
         if not all(math.isfinite(value) for values in needed for value in values) or not config["task"] or not result["metric"]:
             raise ValueError
         return config, result, metrics
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         raise BadInput(f"{run} is no finished run: give directories as in runs/NAME, each with a result.json and an iteration or more")
 
 

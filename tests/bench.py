@@ -1,9 +1,9 @@
 """How long things take and how much memory, as ratios within one run: `python tests/bench.py [PART …] [--json FILE]`.
 
 Parts: fisher, updates, iteration, sampling; these are what runs by default, some five minutes. And `seconds`, a whole default run
-of train.py taken apart, `growth`, one RL iteration at growing sizes, and `processes`, one on two processes, two threads and in
-bfloat16. Machines are shared and noisy: what is compared is run in
-turns, and a ratio is the median of the turns' ratios. Let nothing else run beside it.
+of train.py taken apart; `growth`, one RL iteration at growing sizes; and `processes`, one on two processes, two threads and in
+bfloat16. Machines are shared and noisy: what is compared is run in turns, and a ratio is the median of the turns' ratios. Let
+nothing else run beside it.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import socket
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def zoo(tmp_path_factory):
             "torn": whole[:len(whole) // 2], "empty": b"", "prose": b"it was the best of times", "list": [1, 2], "malice": {**state, "policy": malice},
             "wide": {**state, "model": {**state["model"], "n_embd": 32}}, "huge": {**state, "model": {**state["model"], "n_embd": 2 ** 40}},
             "dumb": {**state, "tokenizer": {**tokenizer, "tokens": tokenizer["tokens"][9:]}}, "mute": {**state, "tokenizer": {**tokenizer, "pattern": "("}},
-            "old": {**state, "config": {"no_such_option": 1}}, "hot": {**state, "config": {**config, "temperature": "hot"}},
+            "old": {**state, "config": {"no_such_option": 1}}, "hot": {**state, "config": {**config, "temperature": "hot"}}, "odd": {**state, "config": ["temperature"]},
             "bare": {k: v for k, v in state.items() if k != "config"}, "short": {k: v for k, v in state.items() if k != "optimizer"}, "none": None}.items():
         damaged(f"checkpoint-{name}", "checkpoint.pt", content)
     for name, content in {"torn": b"{", "list": b"[]", "none": None, "unknown": json.dumps({**config, "no_such_option": 1}).encode(),
@@ -91,10 +92,10 @@ CASES = [
     # Options of train.py.
     ("--task chess", "chess"), ("--task", "--task"), ("--algo dqn", "dqn"), ("--algo trpo,", "--algo"), ("--algo trpo,dqn", "dqn"), ("--advantage magic", "magic"), ("--advantage rloo --group-size 1", "--group-size"),
     ("--name a/b", "--name"), ("--name ..", "--name"), ("--name pretrained", "--name"), ("--name " + "x" * 300, "--name"), ("--out /proc/nowhere", "--out"), ("--out file", "file"),
-    ("--name thesis --overwrite", "thesis"), ("--name file --overwrite", "file"), ("--name good", "--resume"), ("--overwrite yes", "yes"), ("--seed -1", "--seed"), (f"--seed {10**20}", "--seed"),
-    ("--device cuda:77", "cuda:77"), ("--device toaster", "toaster"), ("--device meta", "meta"), ("--threads -1", "--threads"), ("--threads 99999999999", "--threads"), ("--dtype float16", "float16"),
+    ("--name thesis --overwrite", "thesis"), ("--name file --overwrite", "file"), ("--name good", "--resume"), ("--overwrite yes", "yes"), ("--seed -1", "--seed"), 
+    ("--device cuda:77", "cuda:77"), ("--device toaster", "toaster"), ("--device meta", "meta"), ("--threads -1", "--threads"), ("--dtype float16", "float16"),
     ("--tensorboard 1", "1"), ("--pretrain-seed -1", "--pretrain-seed"), ("--tokenizer words", "words"), ("--vocab-size 256", "--vocab-size"), ("--block-size 8", "context"), ("--block-size 1", "--block-size"),
-    ("--block-size 1000000000000", "memory"), ("--n-layer 0", "--n-layer"), ("--n-head 3", "--n-head"), ("--n-head 0", "--n-head"), ("--n-embd 0", "--n-embd"), ("--pretrain-steps -1", "--pretrain-steps"),
+    ("--block-size 1000000000 --n-embd 1000000000", "memory"), ("--n-layer 0", "--n-layer"), ("--n-head 3", "--n-head"), ("--n-head 0", "--n-head"), ("--n-embd 0", "--n-embd"), ("--pretrain-steps -1", "--pretrain-steps"),
     ("--pretrain-batch 0", "--pretrain-batch"), ("--pretrain-lr nan", "--pretrain-lr"), ("--iterations -1", "--iterations"), ("--iterations many", "--iterations"), ("--iterations 1.5", "--iterations"),
     ("--batch-size 0", "--batch-size"), ("--batch-size 18", "--group-size"), ("--group-size 0", "--group-size"), ("--max-new-tokens 64", "context"), ("--max-new-tokens 0", "--max-new-tokens"),
     ("--temperature 0", "--temperature"), ("--kl-coef -1", "--kl-coef"), ("--gamma 1.1", "--gamma is 1.1"), ("--gamma -0.1", "--gamma"), ("--lam 2", "--lam"), ("--lam nan", "--lam"), ("--whiten 2", "--whiten"),
@@ -103,6 +104,7 @@ CASES = [
     ("--backtracks -1", "--backtracks"), ("--critic-lr x", "--critic-lr"), ("--critic-epochs 0", "--critic-epochs"), ("--eval-episodes 1", "--eval-episodes"), ("--save-every 0", "--save-every"),
     ("--unknown 1", "--unknown"), ("--iter 3", "--iter"), ("stray", "stray"), ("--seeds 0", "--seeds"), ("--seeds many", "--seeds"), ("--seeds 2 --iterations 0", "--iterations"),
     ("--seeds 2 --name taken", "taken-trpo-0"), ("--algo ppo,trpo --lr -1", "--lr"),
+    *((f"--{f.name.replace('_', '-')} {10 ** 400}", "at most") for f in fields(train.Config) if f.type is int),
     # Task files.
     *((f"--task {name}.py", f"{name}.py") for name in ("syntax", "raises", "bytes", "lacks", "types", "deaf", "leaks", "quits")),
     # Weights to start from.
@@ -118,7 +120,7 @@ CASES = [
     # Runs to look at.
     ("--eval", "--eval"), ("--eval nowhere", "no checkpoint"), ("--eval ''", "no checkpoint"), ("--eval good --eval-episodes 1", "--eval-episodes"), ("--eval good --lr 1", "--lr has no meaning"),
     ("--eval good --temperature 0", "--temperature"), ("--eval good --task chess", "chess"), ("--eval good --max-new-tokens 99", "context"),
-    *((f"--eval checkpoint-{name}", f"checkpoint-{name}") for name in ("torn", "malice", "old", "hot", "bare", "none")),
+    *((f"--eval checkpoint-{name}", f"checkpoint-{name}") for name in ("torn", "malice", "old", "hot", "odd", "bare", "none")),
     # Runs to compare.
     ("--plot", "--plot"), ("--plot nowhere", "nowhere"), *((f"--plot {name}", name) for name in ("cut", "rowless", "mad", "void", "listed", "nan", "config-malice")), ("--plot one other", "different tasks"),
     ("--plot one one", "same seed"), ("--plot one --lr 1", "--lr"), ("--plot one --seeds 2", "--seeds"), ("--plot one --name a/b", "--name"), ("--plot one --name cut", "cut.md"), ("--plot one --name notes", "notes.md"),
@@ -126,7 +128,7 @@ CASES = [
     *((f"rollout good --prompt the {options}", "") for options in ("-n 0", "-n 99999999999999", "-n x", "--temperature -1", "--temperature 0", "--temperature nan", "--greedy --temperature 1", "--what", "--max-new-tokens 99",
                                                                      "--max-new-tokens 0", "--seed -1", "--top-k -1", "--top-k many", "--top-p 0", "--top-p 1.5", "--top-p nan", "--export=", "--export file", "--logprobs 1")),
     ("rollout good --prompt ''", "empty"), ("rollout good --prompt " + 80 * "zq", "context"), ("rollout", "run"), ("rollout nowhere --prompt the", "nowhere"), ("rollout good < \udcff\udcfe\n", "UTF-8"),
-    *((f"rollout checkpoint-{name} --prompt the", "checkpoint.pt") for name in ("torn", "empty", "prose", "list", "malice", "wide", "huge", "dumb", "mute", "none")),
+    *((f"rollout checkpoint-{name} --prompt the", "checkpoint.pt") for name in ("torn", "empty", "prose", "list", "malice", "wide", "huge", "dumb", "mute", "hot", "odd", "none")),
 ]
 
 

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import random
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import torch
 
 import train
 from rollout import load_checkpoint
-from test_train import TINY, contents
+from test_train import FILE, TINY, task_file
 
 ROOT = Path(__file__).parent.parent
 SMALL = [*TINY, "--save-every", "3", "--iterations", "12"]  # later options win
@@ -26,7 +26,10 @@ SMALL = [*TINY, "--save-every", "3", "--iterations", "12"]  # later options win
 def processes():
     """A process that has imported everything and run nothing, to fork from: a start takes milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "torch._dynamo"])  # which an optimizer imports at its first step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # where it finds what to import
+        context.Process(target=int).start()
     return context
 
 
@@ -126,30 +129,40 @@ def test_stopped_in_pretraining(tmp_path):
 
 def test_killed_at_fifty_moments(tmp_path, processes):
     """kill -9 at random: no run is lost, no more than an interval repeated, and metrics.csv is whole in the end."""
-    options = [*TINY, "--iterations", "60", "--save-every", "4", "--pretrain-steps", "300", "--eval-episodes", "2", "--algo", "reinforce"]
-    train.main([*options, "--out", str(tmp_path / "whole"), "--name", "run"])
-    rng, run, kills, done, finished = random.Random(0), tmp_path / "cut" / "run", 0, 0, 0
-    while kills < 50:
-        if finished:  # a new one, since the last came to its end
-            run, done, finished = tmp_path / "cut" / f"run{kills}", 0, 0
-        argv = ["--resume", str(run)] if (run / "config.json").exists() else [*options, "--out", str(run.parent), "--name", run.name]
+    task = ["--task", str(task_file(tmp_path, FILE))]  # which is there at once
+    options = [*TINY, *task, *"--block-size 24 --max-new-tokens 12 --iterations 60 --save-every 4 --pretrain-steps 500 --pretrain-batch 8 --algo reinforce".split()]
+
+    def begin(*argv):
         process = processes.Process(target=train.main, args=(argv,))
         process.start()
-        process.join(rng.uniform(0, 1))
+        return process
+    started = time.monotonic()
+    begin(*options, "--out", str(tmp_path / "whole"), "--name", "run").join()
+    whole, rng, kills, seen = time.monotonic() - started, random.Random(0), 0, set()
+    run, done, finished = tmp_path / "cut" / "run", 0, False
+    while kills < 50:
+        if finished:  # a new one, with new weights to begin with
+            shutil.rmtree(tmp_path / "cut")
+            done, finished = 0, False
+        process = begin("--resume", str(run), *task) if run.exists() else begin(*options, "--out", str(run.parent), "--name", "run")
+        process.join(rng.uniform(0, whole / 3))
         if process.is_alive():
             process.kill()
             process.join()
             kills += 1
         else:
             assert process.exitcode == 0
-            finished = 1
+            finished = True
             assert rows(run) == rows(tmp_path / "whole" / "run")
-        if (run / "checkpoint.pt").exists():
+        part, saved = list(tmp_path.glob("cut/pretrained/*.part")), (run / "checkpoint.pt").exists()
+        seen.add("finished" if finished else "saved" if saved else "half pretrained" if part else "begun" if run.exists() else "nothing yet")
+        if saved:
             saved = load_checkpoint(run)[3]["iteration"]
             written = (run / "metrics.csv").read_text().count("\n") - 1
             assert saved >= done and saved <= written <= saved + 4
             done = saved
-    assert resume(run) is None if not finished else True
+    assert {"finished", "saved", "half pretrained", "begun"} <= seen
+    assert finished or resume(run, *task) is None
     assert outcome(run) == outcome(tmp_path / "whole" / "run")
 
 

@@ -462,7 +462,7 @@ def test_an_error_in_a_reward(tmp_path, capsys):
 
 @pytest.mark.parametrize("source, says", [
     ("", "lacks prompts"), ("import nowhere_at_all", "ModuleNotFoundError"), (FILE.replace("corpus =", "other ="), "no corpus"), (FILE + "corpus = []", "no corpus"),
-    (FILE + "corpus = ['']", "too short"), (FILE + "corpus = 'one line'", "too short"), (FILE + "def reward(p, c): return float('nan')", "one finite number"),
+    (FILE + "corpus = ['']", "too short"), (FILE + "corpus = 'one line'", "too short"), (FILE + "def reward(p, c): return 'good'", "one finite number"),
     (FILE + "def reward(p, c): pass", "None"), (FILE + "corpus[0] += chr(0xdc80)", "no Unicode"), (FILE + "def metric(p, c): return 'x'", "metric gave 'x'"),
     (FILE + "from reward import batched\n@batched\ndef reward(p, c): return [1.0]", "list of 16 numbers"), (FILE + "heldout = ['the ' * 30]", "context")])
 def test_a_task_that_cannot_be_used(tmp_path, capsys, source, says):
