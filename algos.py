@@ -261,7 +261,7 @@ def trpo(policy, batch, optimizer, config, generator=None):
     params = [p for p in policy.parameters() if p.requires_grad]
 
     def surrogate(logp):
-        ratio = (chosen(logp, batch.actions) - batch.logprobs).exp()  # 1 at the old policy
+        ratio = (chosen(logp, batch.actions) - batch.logprobs).exp()  # 1 at the old policy, but where bfloat16 sampled
         return masked_mean(ratio * batch.advantages, batch.mask)
 
     logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)

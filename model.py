@@ -130,8 +130,8 @@ class GPT(nn.Module):
     """The policy. tokens (B, T) int64 -> logits (B, T, vocab_size); column t scores the token after tokens[:, :t+1].
 
     With a cache from `kv_cache`, tokens are only the new ones, and the logits those that the full sequence would give
-    there. Raises ValueError past block_size. The output head is the token embedding (tied). Logits have the weights' precision,
-    whatever torch.autocast computes them in.
+    there. Raises ValueError past block_size. The output head is the token embedding (tied). Logits come in the weights' precision,
+    also where torch.autocast computed them in less.
     """
 
     def __init__(self, config, generator=None):

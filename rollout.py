@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +22,11 @@ import torch
 from model import GPT, GPTConfig
 
 
-# GPT-2's split of a text into words: contractions, then letters, digits or signs with the space before them, then spaces. But a
+# How a text is split into words: contractions, then letters, digits or signs with the space before them, then spaces. In ours a
 # Chinese character is a word: no token goes beyond it, and a prompt may end after any.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLITS = {"bpe": SPLIT, "gpt2": GPT2_SPLIT}
 
 
 class BadInput(ValueError):
@@ -54,7 +57,7 @@ class Tokenizer:
     def from_merges(cls, merges):
         """merges: the tokens of more than one byte, as bytes, in the order in which they were learned."""
         tokens = [*(bytes([i]) for i in range(256)), *merges]
-        return cls.from_state({"name": "bpe", "pattern": SPLIT, "tokens": [token.hex() for token in tokens]})
+        return cls.from_state({"name": "bpe", "tokens": [token.hex() for token in tokens]})
 
     @classmethod
     def learn(cls, texts, vocab_size, sample_size=20_000):
@@ -100,14 +103,14 @@ class Tokenizer:
     def state(self):
         """What `from_state` needs to make it again without a network: plain data, safe to load from a stranger."""
         tokens = map(self.encoding.decode_single_token_bytes, range(self.eos_token))
-        return {"name": self.name, "pattern": self.encoding._pat_str, "tokens": [token.hex() for token in tokens]}
+        return {"name": self.name, "tokens": [token.hex() for token in tokens]}
 
     @classmethod
     def from_state(cls, state):
         ranks = {bytes.fromhex(token): i for i, token in enumerate(state["tokens"])}
         if len(ranks) < len(state["tokens"]) or not all(bytes([i]) in ranks for i in range(256)):
             raise ValueError("a vocabulary holds each byte, and no token twice")
-        return cls(tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks,
+        return cls(tiktoken.Encoding(state["name"], pat_str=SPLITS[state["name"]], mergeable_ranks=ranks,
                                      special_tokens={"<|endoftext|>": len(ranks)}))
 
 
@@ -225,9 +228,11 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
 
 def write_atomically(path, write):
     """write(a path beside it), then rename: a reader finds the old file or the whole new one. Raises BadInput."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may be writing the same file
+    folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # a name that nobody can know, nor prepare a link at
+        beside = folder / path.name
         write(beside)
         if beside.is_file():
             with open(beside, "rb+") as file:  # Windows syncs only what could be written
@@ -236,8 +241,8 @@ def write_atomically(path, write):
     except Exception as e:  # for a full disk, torch and safetensors have errors of their own
         raise BadInput(f"cannot write {path}: free some space or choose another place ({' '.join(str(e).split())})")
     finally:  # also where the user interrupts
-        with contextlib.suppress(OSError):
-            shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(path, policy, tokenizer, **more):
@@ -259,6 +264,8 @@ def load_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
+        if config.n_layer > len(weights):
+            raise ValueError("it has less layers than it says")
         policy = reference = GPT(config)
         policy.load_state_dict(weights)
         if "reference" in state:
@@ -266,6 +273,8 @@ def load_checkpoint(path, device="cpu"):
             reference.load_state_dict(state.pop("reference"))
         if tokenizer.vocab_size != config.vocab_size or not math.isfinite(state.get("config", {}).get("temperature", 1.0)):
             raise ValueError("the tokenizer or the run's config is not this model's")
+        if not all(p.isfinite().all() for model in (policy, reference) for p in model.parameters()):
+            raise ValueError("a weight is not finite")
     except BadInput:
         raise
     except PermissionError as e:
@@ -366,12 +375,12 @@ def command(body, *errors):
         print("interrupted", file=sys.stderr)
         return 130
     except FloatingPointError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}".replace("\n", " "), file=sys.stderr)
         return 3
     except (BadInput, OSError, *errors) as e:
         if isinstance(e, errors) and e.__cause__:
             traceback.print_exception(e.__cause__)
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}".replace("\n", " "), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:  # torch has no error of its own for a processor's memory
         if "memory" not in f"{type(e).__name__} {e}".lower():

@@ -42,6 +42,8 @@ from reward import TASKS, BadTask, Text, distinct_n, load_task, score
 from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, command, is_gpt2, load_checkpoint, load_weights, sample,
                      save_checkpoint, write_atomically)
 
+# What reading a damaged text, JSON or CSV can raise.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError, csv.Error)
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
 
@@ -170,10 +172,10 @@ def checked(config):
             raise BadInput(message)
 
     for f in fields(Config):
-        low, high, value = f.metadata["low"], min(f.metadata["high"], 10 ** 9 if f.type is int else math.inf), getattr(config, f.name)
-        bound = f"a finite number of at least {low}" + (f" and at most {high}" if high < math.inf else "")
-        require(low is None or low <= value <= high and value < math.inf,
-                f"--{f.name.replace('_', '-')} is {value}: it must be {bound}")
+        low, high, value = f.metadata["low"], min(f.metadata["high"], 10 ** 9 if f.type is int else 1e30), getattr(config, f.name)
+        kinds, choices = (int, float) if f.type is float else (f.type,), f.metadata["choices"]
+        require(type(value) in kinds and (choices is None or value in choices), f"--{f.name.replace('_', '-')} cannot be {value!r}: see --help")
+        require(low is None or low <= value <= high, f"--{f.name.replace('_', '-')} is {value}: it must be a number from {low} to {high:g}")
     c = config
     require(c.algo in ALGOS, f"--algo {c.algo} is not known: choose among {', '.join(ALGOS)}")
     require(c.n_embd % c.n_head == 0, f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
@@ -215,8 +217,12 @@ def pick_device(config):
 
 
 def mixed(config, device, **options):
-    """Within it matrix products are of --dtype; weights, optimizers, logits and all that is summed over a batch stay float32."""
+    """Within it matrix products are of --dtype; weights, optimizers and all that is computed from logits stay float32."""
     return torch.autocast(device.type, torch.bfloat16, **options) if config.dtype == "bfloat16" else contextlib.nullcontext()
+
+
+# What a run's directory holds, by its names' beginnings.
+OURS = ("config.json", "metrics.csv", "checkpoint.pt", "result.json", "diverged.pt", "events.out.tfevents", ".")
 
 
 def claim_run(config):
@@ -230,6 +236,9 @@ def claim_run(config):
             raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run} to go on")
         if run.is_symlink() or run.exists() and not (run / "metrics.csv").is_file():
             raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
+        foreign = [path.name for path in run.iterdir() if not path.name.startswith(OURS)] if run.exists() else []
+        if foreign:
+            raise BadInput(f"--overwrite would delete {run / foreign[0]}, which is not ours: move it, or give another --name")
         start = Path(config.init).resolve()
         if config.init and run.resolve() in (start, *start.parents):
             raise BadInput(f"--overwrite would delete {run}, which is what --init starts from: give another --name")
@@ -254,7 +263,7 @@ def open_run(run, config):
 
 def open_metrics(path):
     """metrics.csv, for this process alone as long as it is open. Raises BadInput."""
-    file = open(path, "r+", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0)))
+    file = open(path, "r+", encoding="latin-1", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0)))
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -287,7 +296,11 @@ def restore(saved, parts, path):
     """The reverse of `states`. path: the file that it comes from. Raises BadInput."""
     try:
         for name, part in parts.items():
-            if part is not None:
+            if isinstance(part, torch.optim.Optimizer):  # with the options of this run; and Adam's fused kernel checks no shape
+                part.load_state_dict({**saved[name], "param_groups": part.state_dict()["param_groups"]})
+                if not all(state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape and state["step"].shape == () for p, state in part.state.items()):
+                    raise ValueError("an optimizer of other weights")
+            elif part is not None:
                 (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(saved[name])
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged, or of another run or kind of device: delete it, or give another ({type(e).__name__})")
@@ -331,12 +344,15 @@ def pretrained(config, task, device):
     if not task.corpus:
         raise BadInput(f"{config.task} has no corpus to learn from: define one, or start from weights with --init")
     decisive = "pretrain_seed tokenizer vocab_size block_size n_layer n_head n_embd pretrain_steps pretrain_batch pretrain_lr dtype"
-    key = hashlib.sha256(json.dumps([getattr(config, name) for name in decisive.split()] + [task.corpus, "1% held out"]).encode())
+    own = [getattr(config, name) for name in decisive.split() if not (policy and name in INHERITED)]
+    key = hashlib.sha256(json.dumps(own + [task.corpus, "1% held out"]).encode())
     for tensor in policy.state_dict().values() if policy else ():
         key.update(tensor.cpu().numpy())
     path = Path(config.out) / "pretrained" / f"{Path(config.task).stem}-{key.hexdigest()[:12]}.pt"
     if path.exists():
         policy, _, tokenizer, more = load_checkpoint(path, device)
+        if not all(isinstance(more.get(name), float) for name in ("bits_per_byte", "seconds")):
+            raise BadInput(f"{path} is damaged: delete it, and pretraining is done anew")
         check_prompts(policy.config.block_size)
         print(f"pretrained weights from {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
         return policy, tokenizer, more
@@ -351,6 +367,8 @@ def pretrained(config, task, device):
     imitate(policy, rows, config, generator, path.with_suffix(".part"))
     more = {"bits_per_byte": bits_per_byte(policy, heldout, tokenizer.sizes(), config.pretrain_batch),
             "seconds": time.perf_counter() - start}
+    if not math.isfinite(more["bits_per_byte"]):
+        raise FloatingPointError(f"pretraining diverged, with {more['bits_per_byte']} bits per held-out byte: lower --pretrain-lr")
     if processes()[0] == 0:
         save_checkpoint(path, policy, tokenizer, config=asdict(config) | asdict(policy.config), **more)
     print(f"pretrained weights to {path}: {more['bits_per_byte']:.3f} bits per held-out byte")
@@ -436,7 +454,7 @@ def imitate(policy, rows, config, generator, part):
             if step % 200 == 0 and rank == 0:  # a multiple of the pool
                 write_atomically(part, lambda beside: torch.save({"step": step, **states(parts)}, beside))
             if all_sum(torch.tensor(len(stop), device=device)):
-                print(f"stopped at step {step} of the pretraining: --resume with the run's directory goes on after {step - step % 200}")
+                print(f"stopped at step {step} of the pretraining: --resume with the run's directory (beside --overwrite: the same command) goes on after {step - step % 200}")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
     part.unlink(missing_ok=True)
 
@@ -567,7 +585,7 @@ def train(config, resume=False):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
-        raise BadInput(f"no room to write in {Path(config.out) / config.name}: free some space and go on with --resume ({e.strerror})")
+        raise BadInput(f"no room to write in {Path(config.out) / config.name} or on standard output: free some space and go on with --resume ({e.strerror})")
 
 
 def train_alone(config, resume, hold):
@@ -585,7 +603,8 @@ def train_alone(config, resume, hold):
         if resume and (run / "checkpoint.pt").exists():
             policy, reference, tokenizer, more = load_checkpoint(run, device)
             kinds = {"iteration": int, "seconds": float, "pretraining": dict, "generators": list}
-            if not all(isinstance(more.get(name), kind) for name, kind in kinds.items()):
+            if not (all(isinstance(more.get(name), kind) for name, kind in kinds.items()) and more["iteration"] >= 0
+                    and isinstance(more["pretraining"].get("seconds"), float) and "bits_per_byte" in more["pretraining"]):
                 raise BadInput(f"{run / 'checkpoint.pt'} is not of a run that can go on: give another")
         else:
             policy, tokenizer, pretraining = pretrained(config, task, device)
@@ -645,17 +664,18 @@ def train_alone(config, resume, hold):
                     stats |= update(policy, batch, optimizer, config, generators["update"])
                     if critic:
                         stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
-                check_finite(**stats)  # nor save what an update has ruined
+                weights = [p.sum() for model in (policy, critic) if model for p in model.parameters()]
+                check_finite(**stats, sum_of_the_weights=torch.stack(weights).sum().item())  # nor save what an update has ruined
             except (BadTask, FloatingPointError) as e:
                 if isinstance(e, BadTask) and count == 1:  # the others are elsewhere
                     restore(drawn, generators, run)
                     save(iteration - 1)  # since when no weight has moved
                 if not isinstance(e, FloatingPointError):
                     raise
-                if rank == 0:
+                if rank == 0 or isinstance(e, BadTask):  # which the others have not seen
                     saved = e.batch if isinstance(e, BadTask) else vars(batch)
                     write_atomically(run / "diverged.pt", lambda beside: torch.save(saved, beside))
-                hint = "" if isinstance(e, BadTask) else ": lower the step (--lr, --critic-lr or --delta)"
+                hint = "" if isinstance(e, BadTask) else ": lower the step (--lr, --critic-lr or --delta) and begin again, with --overwrite or another --name"
                 raise FloatingPointError(f"training stopped at iteration {iteration}, {e}{hint}; the batch is in {run / 'diverged.pt'}")
             took = time.perf_counter() - began
             seconds += took
@@ -703,7 +723,7 @@ def resumed(run, given):
         config = checked(replace(was, **given, out=str(run.parent), name=run.name, overwrite=False))
     except BadInput:
         raise
-    except (OSError, ValueError, TypeError):
+    except UNREADABLE:
         raise BadInput(f"{run} is no run: give its directory, as in runs/NAME")
     if config.task not in TASKS and "task" not in given:  # a directory's word is not enough to execute a file
         raise BadInput(f"{run} is of a task of its own: add --task {was.task} to execute that file")
@@ -747,7 +767,7 @@ def finished(config):
             raise BadInput(f"{config.task} is newer than {run}: give another --name, or --overwrite")
     except BadInput:
         raise
-    except (OSError, ValueError, LookupError, TypeError):
+    except UNREADABLE:
         raise BadInput(f"{run} is no run of ours, or of another version: give another --name")
     return (run / "result.json").exists()
 
@@ -764,6 +784,8 @@ def train_all(configs, name):
             try:
                 train(config, resume=run.exists() and not config.overwrite)
             except FloatingPointError as e:
+                if processes()[1] > 1:  # the others may not know
+                    raise
                 diverged.append(run)
                 print(f"error: {e}", file=sys.stderr)
     if processes()[0] == 0 and len(diverged) < len(runs):
@@ -781,10 +803,11 @@ def read_run(run):
         metrics = {column: [float(row[column]) for row in rows] for column in rows[0]}
         needed = [*(metrics[name] for name in ("reward", "kl", "kl_update", "seconds")),
                   [result[name] for name in ("reward_before", "reward_after", "metric_after", "greedy_after", "kl")], [config["seed"]]]
-        if not all(math.isfinite(value) for values in needed for value in values) or not config["task"] or not result["metric"]:
+        if not all(abs(value) < 1e30 for values in (*needed, *metrics.values()) for value in values) or not all(
+                isinstance(name, str) and name for name in (config["task"], result["metric"])):
             raise ValueError
         return config, result, metrics
-    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+    except UNREADABLE:
         raise BadInput(f"{run} is no finished run: give directories as in runs/NAME, each with a result.json and an iteration or more")
 
 
@@ -909,6 +932,8 @@ def side_by_side(runs, path):
         raise BadInput("these runs are of different tasks: compare those of one")
     if text.exists() and not text.read_text(encoding="utf-8", errors="replace").startswith("|  "):
         raise BadInput(f"{text} is no table of ours and stays as it is: give another --name")
+    if picture.exists() and not text.exists():
+        raise BadInput(f"{picture} is no picture of ours and stays as it is: give another --name")
     groups = grouped(runs)
     table = tabulate(groups)
     print(f"\n{table}\n\nreward over the iterations\n{sparklines(groups)}\n")
@@ -929,7 +954,7 @@ def look(run, given):
     policy, reference, tokenizer, more = load_checkpoint(run)
     try:
         config = checked(Config(**{**more["config"], **given}))
-    except (KeyError, TypeError):
+    except (KeyError, TypeError):  # of another version
         raise BadInput(f"{run} does not say what it was trained for: give a run's directory, as in runs/NAME")
     if config.task not in TASKS and "task" not in given:  # a checkpoint's word is not enough to execute a file
         raise BadInput(f"{run} was trained on a task of its own: add --task {config.task} to execute that file")

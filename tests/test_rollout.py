@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -61,6 +62,18 @@ def test_tokenizer_state_is_plain_and_complete():
     state = json.loads(json.dumps(tokenizer.state()))
     assert state == tokenizer.state() == again.state() and again.name == "bpe"
     assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1]) and again.eos_token == tokenizer.eos_token
+
+
+def test_gpt2s_split_is_tiktokens():
+    public = pytest.importorskip("tiktoken_ext.openai_public")
+    if not hasattr(public, "r50k_pat_str"):
+        pytest.skip("this tiktoken does not name GPT-2's pattern")
+    merges = Tokenizer.learn(["  it's 12  words,\n\n and  we'll see\t \n", "   a b   c\n \n"] * 50, 300).state()["tokens"]
+    ranks, rng = {bytes.fromhex(token): i for i, token in enumerate(merges)}, random.Random(0)
+    ours, theirs = (tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}) for pattern in (rollout.GPT2_SPLIT, public.r50k_pat_str))
+    for _ in range(2000):
+        text = "".join(rng.choice(["a", "it", "'s", "'ll", " ", " ", "  ", "\n", "\t", "7", ",", "é", "中", "\u3000"]) for _ in range(12))
+        assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
 
 
 def test_a_vocabulary_larger_than_the_corpus_gives():
