@@ -161,11 +161,12 @@ def score(function, prompts, completions):
         raise BadTask(f"{name} must give a list of {len(pairs)} numbers, one for each completion of the batch")
     values = [v.tolist() if hasattr(v, "tolist") else v for v in values]  # what numpy and torch call a number
     for value, pair in zip(values, pairs):
+        if isinstance(value, numbers.Real) and abs(value) < 1e38:  # neither NaN nor more than float32 holds
+            continue
         what = f"{name} gave {value!r} for {about(pair)}: a reward must be one finite number"
         if not isinstance(value, numbers.Real):
             raise BadTask(what)
-        if not abs(value) < 1e38:  # nor NaN, nor more than float32 holds
-            raise NotFinite(what, {"prompts": [*map(str, prompts)], "completions": [*map(str, completions)], "scores": [*map(repr, values)]})
+        raise NotFinite(what, {"prompts": [*map(str, prompts)], "completions": [*map(str, completions)], "scores": [*map(repr, values)]})
     return [float(value) for value in values]
 
 

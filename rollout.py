@@ -265,7 +265,7 @@ def load_checkpoint(path, device="cpu"):
         config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
         if config.n_layer > len(weights):
-            raise ValueError("it has less layers than it says")
+            raise ValueError("it has fewer layers than it says")
         policy = reference = GPT(config)
         policy.load_state_dict(weights)
         if "reference" in state:
@@ -360,6 +360,11 @@ def talk(prompt, policy, reference, tokenizer, args, temperature, generator):
             print(explain(rollout, row, reference, tokenizer, temperature))
 
 
+def complain(error):
+    """What went wrong, as one line on standard error."""
+    print(f"error: {error}".replace("\n", " "), file=sys.stderr)
+
+
 def command(body, *errors):
     """Run the body of a command. What a user can mend is one line and exit status 2; an error of his own code, its traceback too."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
@@ -375,17 +380,17 @@ def command(body, *errors):
         print("interrupted", file=sys.stderr)
         return 130
     except FloatingPointError as e:
-        print(f"error: {e}".replace("\n", " "), file=sys.stderr)
+        complain(e)
         return 3
     except (BadInput, OSError, *errors) as e:
         if isinstance(e, errors) and e.__cause__:
             traceback.print_exception(e.__cause__)
-        print(f"error: {e}".replace("\n", " "), file=sys.stderr)
+        complain(e)
         return 2
     except (MemoryError, RuntimeError) as e:  # torch has no error of its own for a processor's memory
         if "memory" not in f"{type(e).__name__} {e}".lower():
             raise
-        print("error: this takes more memory than there is: lower --batch-size, -n or another size", file=sys.stderr)
+        complain("this takes more memory than there is: lower --batch-size, -n or another size")
         return 2
 
 

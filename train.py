@@ -39,8 +39,8 @@ from algos import (Batch, check_finite, chosen, entropy, fit_critic, gradient_st
                    trpo)
 from model import GPT, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, distinct_n, load_task, score
-from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, command, is_gpt2, load_checkpoint, load_weights, sample,
-                     save_checkpoint, write_atomically)
+from rollout import (ArgumentParser, BadInput, Tokenizer, check_fit, command, complain, is_gpt2, load_checkpoint, load_weights,
+                     sample, save_checkpoint, write_atomically)
 
 # What reading a damaged text, JSON or CSV can raise.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError, csv.Error)
@@ -63,8 +63,9 @@ DEFAULTS = {
 }
 
 
-def option(default, help, low=None, high=math.inf, choices=None):
+def option(default, help, low=None, high=None, choices=None):
     """A Config field with what the command line needs to know of it."""
+    high = high or (10 ** 9 if isinstance(default, int) else 1e30)
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
@@ -76,14 +77,14 @@ class Config:
     name: str = option("", "of the run's directory (default TASK-ALGO-SEED, or TASK-ALGO-ADVANTAGE-SEED without gae)")
     out: str = option("runs", "directory of all runs and of the pretrained weights")
     overwrite: bool = option(False, "replace an existing run of that name")
-    seed: int = option(0, "of everything after pretraining", 0, 10 ** 9)
+    seed: int = option(0, "of everything after pretraining", 0)
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
     dtype: str = option("float32", "of matrix products, but for trpo's update: that takes float32", choices=("float32", "bfloat16"))
     tensorboard: bool = option(False, "write event files too, if tensorboard is installed")
     # the model and its pretraining
     init: str = option("", "weights to start from: a run, a checkpoint, a GPT-2's directory (downloads its vocabulary), or gpt2 (downloads 0.5 GB)")
-    pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0, 10 ** 9)
+    pretrain_seed: int = option(0, "of the corpus, the first weights and pretraining", 0)
     tokenizer: str = option("bpe", "bpe learned from the corpus, or GPT-2's (downloads it)", choices=("bpe", "gpt2"))
     vocab_size: int = option(512, "most tokens in the learned vocabulary", 257)
     block_size: int = option(64, "context, tokens", 2)
@@ -172,7 +173,7 @@ def checked(config):
             raise BadInput(message)
 
     for f in fields(Config):
-        low, high, value = f.metadata["low"], min(f.metadata["high"], 10 ** 9 if f.type is int else 1e30), getattr(config, f.name)
+        low, high, value = f.metadata["low"], f.metadata["high"], getattr(config, f.name)
         kinds, choices = (int, float) if f.type is float else (f.type,), f.metadata["choices"]
         require(type(value) in kinds and (choices is None or value in choices), f"--{f.name.replace('_', '-')} cannot be {value!r}: see --help")
         require(low is None or low <= value <= high, f"--{f.name.replace('_', '-')} is {value}: it must be a number from {low} to {high:g}")
@@ -221,8 +222,8 @@ def mixed(config, device, **options):
     return torch.autocast(device.type, torch.bfloat16, **options) if config.dtype == "bfloat16" else contextlib.nullcontext()
 
 
-# What a run's directory holds, by its names' beginnings.
-OURS = ("config.json", "metrics.csv", "checkpoint.pt", "result.json", "diverged.pt", "events.out.tfevents", ".")
+# What a run's directory holds, by its names' beginnings; half-written files have a dot before.
+OURS = ("config.json", "metrics.csv", "checkpoint.pt", "result.json", "diverged.pt", "events.out.tfevents")
 
 
 def claim_run(config):
@@ -236,7 +237,7 @@ def claim_run(config):
             raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run} to go on")
         if run.is_symlink() or run.exists() and not (run / "metrics.csv").is_file():
             raise BadInput(f"{run} is no run of ours and stays as it is: give another --name")
-        foreign = [path.name for path in run.iterdir() if not path.name.startswith(OURS)] if run.exists() else []
+        foreign = [path.name for path in run.iterdir() if not path.name.removeprefix(".").startswith(OURS)] if run.exists() else []
         if foreign:
             raise BadInput(f"--overwrite would delete {run / foreign[0]}, which is not ours: move it, or give another --name")
         start = Path(config.init).resolve()
@@ -787,7 +788,7 @@ def train_all(configs, name):
                 if processes()[1] > 1:  # the others may not know
                     raise
                 diverged.append(run)
-                print(f"error: {e}", file=sys.stderr)
+                complain(e)
     if processes()[0] == 0 and len(diverged) < len(runs):
         side_by_side([run for run in runs if run not in diverged], runs[0].with_name(name))
     if diverged:

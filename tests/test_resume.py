@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -12,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
 from rollout import load_checkpoint

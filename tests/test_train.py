@@ -18,7 +18,7 @@ import torch
 import reward
 import train
 from model import GPT, Critic, GPTConfig
-from rollout import BadInput, Tokenizer, load_checkpoint, sample, save_checkpoint
+from rollout import BadInput, Tokenizer, load_checkpoint, sample
 from test_rollout import gpt2_vocabulary  # noqa: F401, a fixture
 
 ROOT = Path(__file__).parent.parent
