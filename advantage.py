@@ -1,7 +1,8 @@
 """Rewards to advantages: pure functions on (B, T) tensors.
 
-Column t of every tensor belongs to the t-th action of its row, and mask (B, T) is True where the policy acted. Elsewhere
-inputs are ignored and outputs are zero; time is counted in actions, so a recursion passes over prompts and padding.
+Column t of every tensor belongs to the action that chose token t + 1 of its row. mask (B, T) is True where
+the policy acted; elsewhere inputs are ignored and outputs are zero. Time is counted in actions: a recursion
+passes over prompts and padding.
 """
 
 import torch
@@ -11,12 +12,15 @@ import torch.distributed as dist
 # Several processes (torchrun) hold a part of the batch each; every mean is over the whole of it.
 
 def processes():
-    """(rank of this process, how many there are)."""
+    """(rank of this process, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def all_sum(x):
-    """The sum of x over all processes, the same bits for each. Its gradient is that of this process's x, to be summed in turn."""
+    """The sum of x over all processes, the same bits on each.
+
+    Its gradient is that of this process's x: the processes' gradients are still to be summed.
+    """
     if not dist.is_initialized():
         return x
     total = x.detach().clone()
@@ -25,21 +29,22 @@ def all_sum(x):
 
 
 def masked_mean(x, mask):
-    """The mean of x (B, T) over the actions."""
+    """The mean of x (B, T) over the actions of the batch."""
     return all_sum(x.masked_fill(~mask, 0).sum()) / all_sum(mask.sum())
 
 
 def token_rewards(scores, mask, logp, ref_logp, kl_coef):
-    """The reward of each action: r_t = -β (log π(a_t|s_t) - log π_ref(a_t|s_t)), and on the last action the score too.
+    """r_t = -β (log π(a_t|s_t) - log π_ref(a_t|s_t)) for each action, plus the score on the last one.
 
-    scores: (B,), one per sequence.  mask: (B, T).  logp, ref_logp: (B, T), of the sampled actions.  kl_coef: β, reward per
-    nat.  Returns (B, T). The sum over a row is score - β · (the row's sampled log-ratio), whose expectation is
-    score - β KL(π‖π_ref).  Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", equation 2.
+    scores: (B,), one per sequence.  mask: (B, T).  logp, ref_logp: (B, T), of the sampled actions.
+    kl_coef: β, in units of reward per nat.  Returns (B, T). A row sums to its score less β times its sampled
+    log-ratio, whose expectation is the KL: score - β KL(π‖π_ref).
+    Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", equation 2.
     """
     rewards = -kl_coef * (logp - ref_logp).masked_fill(~mask, 0)
     actions_left = mask.flip(1).cumsum(1).flip(1)  # (B, T), this one included
     last = mask & (actions_left == 1)
-    return rewards + scores[:, None] * last  # the reward sits on the last action: the end of text, where there is one
+    return rewards + scores[:, None] * last  # the reward sits on the last action, usually the end of text
 
 
 def discounted_returns(rewards, mask, gamma):
@@ -60,10 +65,11 @@ def gae(rewards, values, mask, gamma, lam, bootstrap=None):
 
     λ=0 is the TD(0) error, λ=1 the Monte-Carlo return less the baseline V.
     rewards, values, mask: (B, T), values the critic's V(s_t) before action t.  gamma, lam: in [0, 1].
-    bootstrap: (B,) the value of the state after the last action, where a time limit cut an episode that would have gone on;
-    None for episodes that ended by themselves.
+    bootstrap: (B,) the value of the state after the last action, where a time limit ended the episode early;
+    None where all episodes ended by themselves.
     Returns advantages (B, T) and returns (B, T) = advantages + values, the critic's targets.
-    Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", equation 16.
+    Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage
+    Estimation", equation 16.
     """
     advantages = torch.zeros_like(rewards)
     adv = torch.zeros_like(rewards[:, 0])  # (B,) A_{t+1}
@@ -77,34 +83,36 @@ def gae(rewards, values, mask, gamma, lam, bootstrap=None):
 
 
 def leave_one_out(scores, group_size):
-    """Each score less the mean of the others in its group: a baseline that does not depend on the action, so no bias.
+    """Each score less the mean of the others in its group: a baseline independent of the action, so no bias.
 
-    scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2 samples per prompt.  Returns (B,).
-    RLOO: Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics", equation 6.
+    scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2, samples per prompt.
+    Returns (B,).  RLOO: Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics", equation 6.
     """
     groups = scores.view(-1, group_size)
     return ((groups - groups.mean(1, keepdim=True)) * group_size / (group_size - 1)).view(-1)
 
 
 def group_normalize(scores, group_size, eps=1e-4):
-    """Each score less its group's mean, over its group's standard deviation.
+    """Each score less its group's mean, divided by its group's standard deviation.
 
-    scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2.  Returns (B,), next to nothing where a group is
-    all alike.  GRPO: Shao et al. 2024, "DeepSeekMath", section 4.1.2.
+    scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2, samples per prompt.
+    Returns (B,), close to zero in a group of equal scores.
+    GRPO: Shao et al. 2024, "DeepSeekMath", section 4.1.2.
     """
     groups = scores.view(-1, group_size)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + eps)).view(-1)
 
 
 def whiten(x, mask, eps=1e-8):
-    """x (B, T) shifted and scaled to mean 0 and variance 1 over the actions alone; 0 elsewhere."""
+    """x (B, T) shifted and scaled to mean 0 and variance 1 over the actions; 0 elsewhere."""
     n = all_sum(mask.sum())
     mean = all_sum(x[mask].sum()) / n
     var = all_sum(((x[mask] - mean) ** 2).sum()) / n
     return ((x - mean) * (var + eps).rsqrt()).masked_fill(~mask, 0)
 
 
-# What --advantage names: (rewards, values, mask, config) -> (advantages, the critic's targets), all (B, T).
+# What --advantage chooses from: (rewards, values, mask, config) -> (advantages, the critic's targets), (B, T)
+# each.
 
 def from_returns(rewards, values, mask, config):
     returns = discounted_returns(rewards, mask, config.gamma)
@@ -116,11 +124,12 @@ def from_gae(rewards, values, mask, config):
 
 
 def from_group(compare):
-    """Every action of an episode gets the episode's total reward, compared with the other episodes of its prompt."""
+    """Every action of an episode gets the episode's total reward, compared within the prompt's group."""
     def estimate(rewards, values, mask, config):
         totals = rewards.masked_fill(~mask, 0).sum(1)  # (B,)
         return compare(totals, config.group_size)[:, None] * mask, totals[:, None] * mask
     return estimate
 
 
-ADVANTAGES = {"gae": from_gae, "returns": from_returns, "rloo": from_group(leave_one_out), "grpo": from_group(group_normalize)}
+ADVANTAGES = {"gae": from_gae, "returns": from_returns,
+              "rloo": from_group(leave_one_out), "grpo": from_group(group_normalize)}

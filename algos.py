@@ -1,15 +1,15 @@
 """REINFORCE, PPO and TRPO, and the critic's fit.
 
-A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). That the actions are
-tokens is known nowhere here. Every loss is a mean over the actions of the batch, so long episodes weigh by their length.
+A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). Nothing
+here knows that the actions are tokens. Every loss is a mean over the actions of the batch.
 
-`config` needs, everywhere: temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches, target_kl;
-trpo: delta, cg_iters, damping, fisher_fraction, backtracks; fit_critic: critic_epochs, minibatches.
+`config` needs, everywhere: temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches,
+target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs, minibatches.
 """
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,43 +40,39 @@ def log_probs(policy, obs, temperature):
 
 
 def chosen(logp, actions):
-    """log π(a|s) (B, T) of the actions taken, out of log π(·|s) (B, T, A)."""
+    """log π(a|s) (B, T) of the actions taken, from log π(·|s) (B, T, A)."""
     return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(logp):
-    """H(π(·|s)) (B, T) in nats, out of log π(·|s) (B, T, A)."""
+    """H(π(·|s)) (B, T) in nats, from log π(·|s) (B, T, A)."""
     return -(logp.exp() * logp).sum(-1)
 
 
 def kl_divergence(logp, logq):
-    """KL(p‖q) (B, T) in nats, exact over all A actions and so never negative. logp, logq: (B, T, A).
+    """KL(p‖q) (B, T) in nats, exact over all A actions, so never negative. logp, logq: (B, T, A).
 
-    To be watched and bounded, not differentiated: where rounding falls below 0, the clamp cuts the gradient.
+    To be logged and bounded, not differentiated: the clamp against rounding cuts the gradient.
     """
     return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
 
 
-def shuffled(batch, generator):
-    """A random order of the episodes of all processes; and the function from a part of it to this process's rows, as (index, Batch)."""
-    rank, count = processes()
-    B, device = len(batch.mask), batch.mask.device
-
-    def own(part):
-        index = (part[part // B == rank] - rank * B).to(device)
-        if len(index):
-            return index, batch.rows(index)
-        row = torch.zeros(1, dtype=torch.long, device=device)  # nothing of this part is here: a row that counts for nothing
-        return row, replace(batch.rows(row), mask=torch.zeros_like(batch.mask[row]))
-
-    return torch.randperm(count * B, generator=generator), own
+@torch.no_grad()
+def mean_kl(policy, batch, old, temperature):
+    """How far an update moved the policy: mean KL(π_old‖π) over the batch. old: (B, T, A) log π_old(·|s)."""
+    new = log_probs(policy, batch.obs, temperature)  # (B, T, A)
+    return masked_mean(kl_divergence(old, new), batch.mask).item()
 
 
 def minibatches(batch, epochs, parts, generator):
-    """(index, Batch) of `parts` parts of the rows, each row once per epoch and in random order."""
+    """(index, Batch) of `parts` parts of the rows, each row once per epoch and in random order.
+
+    Of several processes each shuffles its own rows: one part of each makes a minibatch of all.
+    """
     for _ in range(epochs):
-        order, own = shuffled(batch, generator)
-        yield from map(own, order.tensor_split(parts))
+        order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
+        for index in order.tensor_split(parts):
+            yield index, batch.rows(index)
 
 
 def check_finite(**quantities):
@@ -87,8 +83,9 @@ def check_finite(**quantities):
 
 
 def gradient_step(model, loss, optimizer, max_grad_norm):
-    """One step down the loss; returns the gradient's norm before it was clipped to max_grad_norm.
+    """One step down the loss. Returns the norm of the gradient before it was clipped to max_grad_norm.
 
+    loss: this process's share; gradients are summed over all processes.
     Raises FloatingPointError, before any weight has moved, where the loss or its gradient is not finite.
     """
     optimizer.zero_grad()
@@ -103,54 +100,49 @@ def gradient_step(model, loss, optimizer, max_grad_norm):
     return norm
 
 
-@torch.no_grad()
-def movement(policy, batch, old, temperature):
-    """How far an update moved the policy: mean KL(π_old‖π) over the batch's states. old: (B, T, A) log π_old(·|s)."""
-    return masked_mean(kl_divergence(old, log_probs(policy, batch.obs, temperature)), batch.mask).item()
-
-
 # First order.
 
 def reinforce(policy, batch, optimizer, config, generator=None):
     """One step up the policy gradient E[∇log π(a_t|s_t) A_t], the mean over the actions of the batch.
 
-    Returns diagnostics. Williams 1992; with A_t for the return: Sutton et al. 2000.
+    Returns diagnostics. Williams 1992; with A_t in place of the return: Sutton et al. 2000.
     """
     logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
     loss = -masked_mean(chosen(logp, batch.actions) * batch.advantages, batch.mask)
     norm = gradient_step(policy, loss, optimizer, config.max_grad_norm)
-    few = slice(64)  # episodes: enough to watch, where a look at all would be a fifth of the update's time
-    return {"loss": loss.item(), "grad_norm": norm,
-            "kl_update": movement(policy, batch.rows(few), logp.detach()[few], config.temperature)}
+    first = slice(64)  # the KL of 64 episodes: that of all would take a fifth of the update's time
+    kl = mean_kl(policy, batch.rows(first), logp.detach()[first], config.temperature)
+    return {"loss": loss.item(), "grad_norm": norm, "kl_update": kl}
 
 
 def ppo(policy, batch, optimizer, config, generator=None):
     """Several epochs of minibatch steps up E[min(ρ A, clip(ρ, 1-ε, 1+ε) A)], with ρ = π(a|s) / π_old(a|s).
 
-    The minimum takes away the reason to move ρ out of the clip range in the direction that A asks for, and no reason to come
-    back. Ends early once the exact mean KL(π_old‖π) on a minibatch passes target_kl.
-    Returns diagnostics. Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7.
+    The minimum removes the reason to move ρ further out of the clip range in the direction that A asks for,
+    and keeps the reason to come back. Ends early once the exact mean KL(π_old‖π) on a minibatch exceeds
+    target_kl. Returns diagnostics. Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation
+    7.
     """
     with torch.no_grad():
         old = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
     steps = []
     for rows, mb in minibatches(batch, config.epochs, config.minibatches, generator):
-        logp = log_probs(policy, mb.obs, config.temperature)
+        logp = log_probs(policy, mb.obs, config.temperature)  # (b, T, A)
         kl = masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask)
-        if steps and not kl <= config.target_kl:  # nor go on with NaN
+        if steps and not kl <= config.target_kl:  # written so that NaN ends it too
             break
-        ratio = (chosen(logp, mb.actions) - mb.logprobs).exp()
-        bounded = ratio.clamp(1 - config.clip, 1 + config.clip)
-        loss = -masked_mean(torch.min(ratio * mb.advantages, bounded * mb.advantages), mb.mask)
+        ratio = (chosen(logp, mb.actions) - mb.logprobs).exp()  # (b, T)
+        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+        loss = -masked_mean(torch.min(ratio * mb.advantages, clipped * mb.advantages), mb.mask)
         norm = gradient_step(policy, loss, optimizer, config.max_grad_norm)
-        steps.append((loss.item(), norm, masked_mean(ratio != bounded, mb.mask).item()))
+        steps.append((loss.item(), norm, masked_mean(ratio != clipped, mb.mask).item()))
     loss, norm, clip_fraction = torch.tensor(steps).mean(0).tolist()
     return {"loss": loss, "grad_norm": norm, "clip_fraction": clip_fraction, "steps": len(steps),
-            "kl_update": movement(policy, batch, old, config.temperature)}
+            "kl_update": mean_kl(policy, batch, old, config.temperature)}
 
 
 def fit_critic(critic, batch, optimizer, config, generator=None):
-    """Fit the values to the returns by least squares, over critic_epochs of minibatch steps. Returns diagnostics."""
+    """Fit the values to the returns by least squares: critic_epochs of minibatch steps. Returns the loss."""
     losses = []
     for _, mb in minibatches(batch, config.critic_epochs, config.minibatches, generator):
         loss = masked_mean((critic(mb.obs) - mb.returns) ** 2, mb.mask)
@@ -170,11 +162,11 @@ def unflatten(vector, like):
 
 
 def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
-    """Solve A x = b for a symmetric positive definite A that is known only by its products.
+    """Solve A x = b for a symmetric positive definite A of which only the products v -> A v are known.
 
-    matvec: (n,) -> (n,), v -> A v.  b: (n,).  iters: most products.  tol: stops once |r|² ≤ tol |b|².
-    Returns x (n,) and the residual r = b - A x (n,), out of which xᵀA x = xᵀ(b - r) needs no further product.
-    Stops with what it has where the curvature pᵀA p is not positive: rounding, or A is not what was promised.
+    matvec: (n,) -> (n,).  b: (n,).  iters: most products.  tol: stops once |r|² ≤ tol |b|².
+    Returns x (n,) and the residual r = b - A x (n,), so that xᵀA x = xᵀ(b - r) needs no further product.
+    Stops with what it has where the curvature pᵀA p is not positive: rounding, or A is not as promised.
     Hestenes & Stiefel 1952; for TRPO: Schulman et al. 2015, appendix C.
     """
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
@@ -196,35 +188,38 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
 def fisher_vector_product(policy, batch, temperature=1.0):
     """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
 
-    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is F = E[Jᵀ (diag p - p pᵀ) J], where J
-    is the derivative of a state's logits and p their softmax. Jᵀu is a backward pass. It is linear in u, so that its
-    derivative by u, taken along v by a second backward pass, is J v. Both graphs are made once and kept for all products;
-    the network is never differentiated twice by its weights, and F is positive semi-definite by construction.
-    Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives", section 9;
-    J v by two backward passes: Townsend 2017, "A new trick for calculating Jacobian vector products".
+    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is F = E[Jᵀ (diag p - p pᵀ)
+    J], where J is the derivative of a state's logits by the weights and p their softmax. Jᵀu is a backward
+    pass. It is linear in u, so that its derivative by u along v, a second backward pass, is J v. Both graphs
+    are made once and kept for all products. The network is never differentiated twice by its weights, and F
+    is positive semi-definite by construction.
+    Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
+    the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
+    calculating Jacobian vector products".
     """
     params = [p for p in policy.parameters() if p.requires_grad]
     with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
         logits = policy(batch.obs) / temperature  # (B, T, A)
-    probs = logits.softmax(-1)  # whose derivative by the logits is the little matrix diag p - p pᵀ
-    weight = (batch.mask.to(logits.dtype) / all_sum(batch.mask.sum())).unsqueeze(-1)  # (B, T, 1) of a mean over the actions
-    u = torch.zeros_like(logits, requires_grad=True)  # its value is of no matter: Jᵀu is linear in it
+    probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
+    weight = (batch.mask.to(logits.dtype) / all_sum(batch.mask.sum())).unsqueeze(-1)  # (B, T, 1), of a mean
+    u = torch.zeros_like(logits, requires_grad=True)  # any value will do: Jᵀu is linear in it
     Jtu = flatten(torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True))  # (n,)
 
     def product(v):
         Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (B, T, A)
-        return all_sum(flatten(torch.autograd.grad(probs, params, weight * Jv, retain_graph=True, materialize_grads=True)))
+        Fv = torch.autograd.grad(probs, params, weight * Jv, retain_graph=True, materialize_grads=True)
+        return all_sum(flatten(Fv))
 
     return product
 
 
 @torch.no_grad()
-def line_search(evaluate, params, step, delta, backtracks):
-    """Try θ + step, θ + step/2, θ + step/4, …; keep the first that gains and stays within the trust region.
+def line_search(evaluate, params, step, delta, backtracks=10):
+    """Try θ + step, θ + step/2, θ + step/4, …; keep the first that improves and stays in the trust region.
 
-    evaluate: () -> (gain, kl) at the current weights.  params: the weights, moved in place.  step: (n,).  delta: most kl.
-    backtracks: how often to halve.  Returns (halvings, gain, kl), or None when all failed: then the weights are restored to
-    the bit.  Schulman et al. 2015, appendix C.
+    evaluate: () -> (gain, kl) at the current weights.  params: the weights, moved in place.  step: (n,).
+    delta: most kl.  backtracks: how often to halve.  Returns (halvings, gain, kl); or None when all failed,
+    with the weights restored to the bit.  Schulman et al. 2015, appendix C.
     """
     start = [p.clone() for p in params]
     for halvings in range(backtracks + 1):
@@ -238,30 +233,30 @@ def line_search(evaluate, params, step, delta, backtracks):
     return None
 
 
-def in_full(update):
-    """The update with torch.autocast off: a curvature takes more bits than bfloat16 has."""
+def full_precision(update):
+    """The update with torch.autocast off: a curvature needs more bits than bfloat16 has."""
     @functools.wraps(update)
-    def exact(policy, batch, *args, **kwargs):
+    def without_autocast(policy, batch, *args, **kwargs):
         with torch.autocast(batch.mask.device.type, enabled=False):
             return update(policy, batch, *args, **kwargs)
-    return exact
+    return without_autocast
 
 
-@in_full
+@full_precision
 def trpo(policy, batch, optimizer, config, generator=None):
     """The largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
 
-    With g the surrogate's gradient and the KL ½ sᵀF s to second order, that step is s = sqrt(2δ / xᵀF x) x, F x = g: the
-    natural gradient at the length that the KL allows. The line search then checks what both approximations promised.
-    F is taken over a random fisher_fraction of the episodes and stands, here and below, for F + damping · I: so the KL of
-    the full step tends to be less than δ. There is no learning rate, and the optimizer is not used.
-    Returns diagnostics; accepted is 0 where no step was taken and the weights are as before.
-    Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
+    With g the surrogate's gradient and the KL ½ sᵀF s to second order, that step is s = sqrt(2δ / xᵀF x) x
+    with F x = g: the natural gradient, as long as the KL allows. The line search then checks the exact KL and
+    surrogate. F is taken over a random fisher_fraction of the episodes and stands, here and below, for F +
+    damping · I, so that the KL of the full step tends to be less than δ. There is no learning rate; the
+    optimizer is not used. Returns diagnostics; accepted is 0 where no step was taken and the weights are as
+    before. Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
     params = [p for p in policy.parameters() if p.requires_grad]
 
     def surrogate(logp):
-        ratio = (chosen(logp, batch.actions) - batch.logprobs).exp()  # 1 at the old policy, but where bfloat16 sampled
+        ratio = (chosen(logp, batch.actions) - batch.logprobs).exp()  # 1 before the step, but for rounding
         return masked_mean(ratio * batch.advantages, batch.mask)
 
     logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
@@ -270,9 +265,9 @@ def trpo(policy, batch, optimizer, config, generator=None):
     old, before = logp.detach(), before.detach()
     check_finite(surrogate=before.item(), norm_of_the_gradient=g.norm().item())
 
-    order, own = shuffled(batch, generator)
-    _, some = own(order[:math.ceil(config.fisher_fraction * len(order))])
-    fisher = fisher_vector_product(policy, some, config.temperature)
+    order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
+    subset = batch.rows(order[:math.ceil(config.fisher_fraction * len(order))])
+    fisher = fisher_vector_product(policy, subset, config.temperature)
     x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
     xFx = x @ (g - r)  # since F x = g - r
 
@@ -280,11 +275,13 @@ def trpo(policy, batch, optimizer, config, generator=None):
         new = log_probs(policy, batch.obs, config.temperature)
         return surrogate(new) - before, masked_mean(kl_divergence(old, new), batch.mask)
 
-    found, step, usable = None, torch.zeros_like(x), 0 < xFx < math.inf  # not for a zero gradient, nor where products went wrong
+    found, step = None, torch.zeros_like(x)
+    usable = 0 < xFx < math.inf  # false for a zero gradient, and where a product is not finite
     if usable:
         step = (2 * config.delta / xFx).sqrt() * x
-        found = line_search(evaluate, params, step, config.delta, config.backtracks)
-    halvings, gain, kl = found or (config.backtracks + 1, 0.0, 0.0)
-    return {"loss": -before.item(), "grad_norm": g.norm().item(), "kl_update": kl, "accepted": int(found is not None),
-            "halvings": halvings, "gain": gain, "step_norm": step.norm().item() * 0.5 ** halvings if found else 0.0,
+        found = line_search(evaluate, params, step, config.delta)
+    halvings, gain, kl = found or (0, 0.0, 0.0)
+    return {"loss": -before.item(), "grad_norm": g.norm().item(), "kl_update": kl,
+            "accepted": int(found is not None), "halvings": halvings, "gain": gain,
+            "step_norm": step.norm().item() * 0.5 ** halvings if found else 0.0,
             "cg_residual": (r.norm() / g.norm()).item() if usable else 0.0}

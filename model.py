@@ -1,7 +1,8 @@
-"""A GPT-2 written out by hand: the policy π(token | tokens so far), and the critic V(tokens so far).
+"""A GPT-2 written out by hand: the policy π(token | tokens so far) and the critic V(tokens so far).
 
-Small pieces first: attention with its cache, the MLP, the block, the trunk; then the two heads, GPT and Critic. Last, GPT-2's
-weights in and out: module names follow OpenAI's release, so that its tensors are found by name.
+Small pieces first: attention and its cache, the MLP, the block, the trunk. Then the two networks, GPT and
+Critic. Last, GPT-2's weights in and out: modules are named as in OpenAI's release, so that its tensors are
+found by name.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
@@ -15,10 +16,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+class BadInput(ValueError):
+    """The user's input cannot be used. The message is one line that says what is wrong and what to do."""
+
+
 @dataclass(frozen=True)
 class GPTConfig:
-    vocab_size: int  # tokens, end-of-text included
-    block_size: int = 64  # the context: most tokens (prompt and completion) in one sequence
+    vocab_size: int  # number of tokens, end-of-text included
+    block_size: int = 64  # the context: the most tokens (prompt and completion) in one sequence
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 128  # width, a multiple of n_head
@@ -31,26 +36,37 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of one attention layer for the tokens read so far, (S, B, H, D) each.
+    """The keys and values of one attention layer for the S tokens read so far, (S, B, H, D) each.
 
-    Time comes first: what was read is then one block of memory, which a step reads through in order and never copies.
+    Time is the first dimension, so that a decoding step reads one contiguous block and copies nothing.
     """
 
     def __init__(self, max_length):
-        self.max_length, self.length = max_length, 0  # S, tokens read so far
+        self.max_length, self.length = max_length, 0
 
     def append(self, k, v):
-        """Add the keys and values (B, H, T, D) of T new tokens; returns those of all S tokens, (S, B, H, D) each."""
+        """Store the keys and values (B, H, T, D) of T new tokens. Returns those of all, (S, B, H, D) each."""
         if self.length == 0:
             B, H, _, D = k.shape
             self.k, self.v = (k.new_empty(self.max_length, B, H, D) for _ in range(2))
         start, self.length = self.length, self.length + k.shape[2]
-        self.k[start:self.length], self.v[start:self.length] = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
+        self.k[start:self.length] = k.permute(2, 0, 1, 3)
+        self.v[start:self.length] = v.permute(2, 0, 1, 3)
         return self.k[:self.length], self.v[:self.length]
 
-    def keep(self, rows):
-        """Keep only these rows of the batch. rows: (B',) indices."""
+    def keep_rows(self, rows):
+        """Drop all sequences of the batch but these. rows: (B',) indices."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+def cached_attention(q, k, v):
+    """Attention of the newest T of S tokens. q: (B, H, T, D).  k, v: (S, B, H, D).  Returns (B, H, T, D)."""
+    T, S = q.shape[2], len(k)
+    if T == 1:  # a decoding step: softmax(q kᵀ / √D) v written out; the fused kernel is slower for one query
+        weights = (k * (q[:, :, 0] / math.sqrt(q.shape[-1]))).sum(-1).softmax(0)  # (S, B, H)
+        return (weights.unsqueeze(-1) * v).sum(0).unsqueeze(2)
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # new token t stands at S-T+t
+    return F.scaled_dot_product_attention(q, k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), attn_mask=visible)
 
 
 class CausalSelfAttention(nn.Module):
@@ -62,17 +78,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if cache is not None:
-            k, v = cache.append(k, v)  # (S, B, H, D), S tokens so far
-            if T == 1:  # the sampler's step: softmax(q kᵀ / √D) v, written out: the fused kernel is slower for one query
-                weights = (k * (q[:, :, 0] / math.sqrt(q.shape[-1]))).sum(-1).softmax(0)  # (S, B, H)
-                return self.c_proj((weights.unsqueeze(-1) * v).sum(0).view(B, 1, C))
-            k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)  # (B, H, S, D)
-        S = k.shape[2]
-        # Token t of the T new ones stands at position S-T+t and sees everything up to there.
-        mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)  # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        else:
+            y = cached_attention(q, *cache.append(k, v))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -110,8 +121,9 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # each layer adds two branches to the residual stream: scaled so that its variance stays put
-                p.data.normal_(0, 0.02 / (math.sqrt(2 * config.n_layer) if "c_proj" in name else 1), generator=generator)
+            if p.dim() == 2:  # 2 n_layer branches add up in the residual stream: scaled to bound its variance
+                std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
+                p.data.normal_(0, std, generator=generator)
             elif name.endswith("bias"):
                 p.data.zero_()
 
@@ -127,11 +139,11 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The policy. tokens (B, T) int64 -> logits (B, T, vocab_size); column t scores the token after tokens[:, :t+1].
+    """The policy. tokens (B, T) int64 -> logits (B, T, V); column t scores the token after tokens[:, :t+1].
 
-    With a cache from `kv_cache`, tokens are only the new ones, and the logits those that the full sequence would give
-    there. Raises ValueError past block_size. The output head is the token embedding (tied). Logits come in the weights' precision,
-    also where torch.autocast computed them in less.
+    With a cache from `kv_cache`, tokens are only the new ones; their logits are those of the full sequence.
+    The output head is the token embedding (tied). Logits have the precision of the weights, also under
+    torch.autocast. Raises ValueError for more than block_size tokens.
     """
 
     def __init__(self, config, generator=None):
@@ -149,30 +161,35 @@ class GPT(nn.Module):
 
     @classmethod
     def from_gpt2(cls, path):
-        """The GPT-2 of a directory in Hugging Face's layout: config.json with pytorch_model.bin or model.safetensors.
+        """Load a GPT-2 from a directory as Hugging Face writes it: config.json and the weights.
 
-        Nothing in the files is executed. Raises ValueError, in one line, for a file that is missing or damaged, for a model that
-        is no GPT-2, and for tensors that are missing, unexpected or misshapen, each by its name.
+        Nothing in the files is executed. Raises BadInput for a file that is missing or damaged, for a model
+        that is no GPT-2, and for tensors that are missing, unexpected or misshapen, by name.
         """
-        config, tensors = read_gpt2(Path(path))
-        policy = cls(config)
-        expected = {name: tuple(t.shape) for name, t in gpt2_layout(policy.state_dict()).items()}
-        wrong = [f"{name} is missing" for name in expected if name not in tensors]
-        wrong += [f"{name} is unexpected" for name in tensors if name not in expected]
-        wrong += [f"{name} is {tuple(tensors[name].shape)} in place of {shape}" for name, shape in expected.items()
-                  if name in tensors and tensors[name].shape != shape]
-        if wrong:
-            raise ValueError(f"the weights in {path} do not fit its config.json: {', '.join(wrong)}")
-        policy.load_state_dict(gpt2_layout(tensors))
+        path = Path(path)
+        try:
+            given = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            for name, value in GPT2.items():
+                if given.get(name, value) != value:
+                    raise ValueError(f"this is not a GPT-2: {name} is {given[name]!r} in config.json")
+            sizes = [given[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+            policy = cls(GPTConfig(*sizes))
+            policy.load_state_dict(gpt2_layout(read_tensors(path)))
+        except Exception as e:  # a damaged file can raise nearly anything
+            raise BadInput(f"cannot load a GPT-2 from {path}: {type(e).__name__}: {' '.join(str(e).split())}")
         return policy
 
     def to_gpt2(self, path, eos_token):
-        """Write the directory that `from_gpt2` and transformers' GPT2LMHeadModel.from_pretrained open. path: not yet there."""
+        """Write the directory that `from_gpt2` and transformers' GPT2LMHeadModel.from_pretrained load.
+
+        path: a directory that does not exist yet.
+        """
         c, path = self.config, Path(path)
         path.mkdir(parents=True)
-        (path / "config.json").write_text(json.dumps(GPT2 | {
-            "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_embd": c.n_embd,
-            "n_layer": c.n_layer, "n_head": c.n_head, "bos_token_id": eos_token, "eos_token_id": eos_token}, indent=2) + "\n")
+        config = GPT2 | {"architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+                         "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
+                         "n_head": c.n_head, "bos_token_id": eos_token, "eos_token_id": eos_token}
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tensors = gpt2_layout(self.state_dict())
         try:
             from safetensors.torch import save_file
@@ -182,10 +199,11 @@ class GPT(nn.Module):
 
 
 class Critic(nn.Module):
-    """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the return expected after tokens[:, :t+1].
+    """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the return after tokens[:, :t+1].
 
-    A network of its own: a value head on the policy's trunk would move the policy while it learns, outside any trust
-    region. `policy`, where given, lends its weights as the trunk's start. The head starts at zero, and so does every value.
+    A separate network: a value head on the policy's trunk would move the policy while it is fitted, outside
+    any trust region. `policy`, where given, provides the trunk's initial weights. The head starts at zero,
+    and so does every value.
     """
 
     def __init__(self, config, policy=None):
@@ -201,52 +219,35 @@ class Critic(nn.Module):
         return self.value_head(self.transformer(tokens)).to(self.value_head.weight.dtype).squeeze(-1)
 
 
-# GPT-2's weights as Hugging Face keeps them.
+# GPT-2's weights as Hugging Face stores them.
 
-GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True}  # what GPT is too
+GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+        "tie_word_embeddings": True}
 
 
 def gpt2_layout(tensors):
-    """Our tensors as GPT-2 lays them out, or its tensors as ours: its linear layers hold the transpose. {name: tensor} both."""
+    """{name: tensor} of ours in GPT-2's layout, or GPT-2's in ours: its linear layers store the transpose."""
+
     embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
-    return {name: t.T.contiguous() if t.dim() == 2 and name not in embeddings else t for name, t in tensors.items()}
+    return {name: t.T.contiguous() if t.dim() == 2 and name not in embeddings else t
+            for name, t in tensors.items()}
 
 
-def read_gpt2(path):
-    """The GPTConfig of a directory and its tensors, in GPT-2's layout by our names. Raises ValueError."""
-    file = path / "config.json"
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-        config = GPTConfig(*(given[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
-        file = path / "model.safetensors"
-        if file.exists() and not (path / "pytorch_model.bin").exists():
-            from safetensors.torch import load_file
-            tensors = load_file(file)
-        else:
-            file = path / "pytorch_model.bin"
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t.float()
-                   for name, t in tensors.items()
-                   if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask, which some files hold too
-    except FileNotFoundError:
-        raise ValueError(f"there is no {file}: a GPT-2 is config.json with pytorch_model.bin or model.safetensors in a directory")
-    except PermissionError:
-        raise ValueError(f"{file} may not be read")
-    except KeyError as e:
-        raise ValueError(f"{file} is not of a GPT-2: it lacks {e}")
-    except ImportError:
-        raise ValueError(f"{file} takes a package that is not here: pip install safetensors, or put pytorch_model.bin beside it")
-    except Exception as e:  # a damaged file can raise nearly anything
-        reason = " ".join(str(e).split())[:80]
-        raise ValueError(f"{file} is damaged or half-written: fetch it again ({type(e).__name__}: {reason})")
-    other = [f"{name} is {given.get(name)!r}" for name, value in GPT2.items() if given.get(name, value) != value]
-    n_inner = given.get("n_inner") or 4 * config.n_embd
-    if n_inner != 4 * config.n_embd:
-        other.append(f"n_inner is {n_inner}")
+def read_tensors(path):
+    """The tensors of a GPT-2 directory, in GPT-2's layout, under our names."""
+    if (path / "pytorch_model.bin").exists():
+        tensors = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    elif (path / "model.safetensors").exists():
+        from safetensors.torch import load_file
+        tensors = load_file(path / "model.safetensors")
+    else:
+        raise FileNotFoundError("it holds neither pytorch_model.bin nor model.safetensors")
+    causal_masks = (".attn.bias", ".attn.masked_bias")
+    tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t.float()
+               for name, t in tensors.items() if not name.endswith(causal_masks)}
+
     head = tensors.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, tensors.get("transformer.wte.weight", head)):
-        other.append("lm_head.weight is not the token embedding")
-    if other:
-        raise ValueError(f"{path} is no GPT-2 as this one is: {', '.join(other)}")
-    return config, tensors
+    if head is not None and not torch.equal(head, tensors["transformer.wte.weight"]):
+        raise ValueError("lm_head.weight is not the token embedding")
+    return tensors
