@@ -79,7 +79,8 @@ def check_finite(**quantities):
     """Raises FloatingPointError that names the first quantity which is not finite."""
     for name, value in quantities.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"the {name.replace('_', ' ')} is {value}")
+            name = name.replace("_", " ")
+            raise FloatingPointError(f"the {name} is {value}: take smaller steps (a lower lr or delta)")
 
 
 def gradient_step(model, loss, optimizer, max_grad_norm):

@@ -319,7 +319,8 @@ def print_logprobs(rollout, row, reference, tokenizer, temperature):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Sample from a trained policy.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Sample from a trained policy.", allow_abbrev=False,
+                                     usage="python rollout.py RUN [--OPTION VALUE …]")
     parser.add_argument("run", help="a run's directory, as in runs/NAME, or a checkpoint")
     parser.add_argument("--prompt", help="text to complete, without a space at its end "
                                          "(default: each line of standard input)")
@@ -366,4 +367,5 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader does, as in `… | head`
     sys.stdin.reconfigure(encoding="utf-8-sig")
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the policy writes
     main()

@@ -155,9 +155,11 @@ def parse(argv):
                 parser.error(f"--{action} does not take {flag(name)}")
     run, first, defaults = args.resume or args.eval, Config(**given), {}
     if run:
+        run = Path(run).resolve()
         try:
-            defaults = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-            config = Config(**defaults | given | {"out": str(Path(run).parent), "name": Path(run).name})
+            defaults = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            defaults |= {"out": str(run.parent), "name": run.name, "overwrite": False}
+            config = Config(**defaults | given)
         except (OSError, ValueError, TypeError, RecursionError) as e:
             parser.error(f"{run} is not a run ({type(e).__name__}): give its directory, as in runs/NAME")
         if config.task not in TASKS and "task" not in given:  # a file decides nothing about what is executed
@@ -464,7 +466,10 @@ def random_generators(seed, iteration, device):
 
 
 def restore(parts, saved, path):
-    """Load the saved states of networks and optimizers. parts: {name: part or None}.  Raises BadInput."""
+    """Load the saved states of networks and optimizers, {name: part or None}.
+
+    Returns the history and the figures of pretraining. Raises BadInput.
+    """
     try:
         for name, part in parts.items():
             if part:
@@ -472,6 +477,7 @@ def restore(parts, saved, path):
             for p, state in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
                 if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:  # not checked by Adam
                     raise ValueError("the optimizer belongs to other weights")
+        return list(saved["history"]), dict(saved["pretraining"])
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
 
@@ -510,9 +516,6 @@ def train(config, resume=False):
     task, history = load_task(config.task, config.pretrain_seed), []  # the rows of metrics.csv
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(checkpoint, device)
-        history, pretraining = saved["history"], saved["pretraining"]
-        if config.iterations < len(history) or config.iterations == len(history) and result.exists():
-            raise BadInput(f"{run} has done {len(history)} iterations: give more --iterations")
     else:
         policy, tokenizer, pretraining = pretrained(config, task, device)
         reference = copy.deepcopy(policy)
@@ -522,7 +525,9 @@ def train(config, resume=False):
     critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     parts = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
     if resume:
-        restore(parts, saved, checkpoint)
+        history, pretraining = restore(parts, saved, checkpoint)
+        if config.iterations < len(history) or config.iterations == len(history) and result.exists():
+            raise BadInput(f"{run} has done {len(history)} iterations: give more --iterations")
     before, texts_before = evaluate(task, reference, reference, tokenizer, config)
 
     def save():
@@ -585,8 +590,7 @@ def read_run(run):
         raise BadInput(f"{run} is not a finished run ({type(e).__name__}): give directories as in runs/NAME")
 
 
-# The 97.5% quantile of Student's t distribution for 1 to 9 degrees of freedom; above, that of 9 is a little
-# wide.
+# The 97.5% quantiles of Student's t distribution for 1 to 9 degrees of freedom. That of 9 serves for more.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -597,7 +601,7 @@ def interval(values):
 
 
 def compare(runs, path):
-    """Finished runs averaged over seeds: a table, PATH.md; with matplotlib, learning curves, PATH.png."""
+    """Finished runs averaged over seeds: a table, printed and written to PATH.md, and curves, PATH.png."""
     groups = {}
     for run in runs:
         label, result, metrics = read_run(run)
@@ -618,11 +622,16 @@ def compare(runs, path):
     table += "\n\nMean ± half of the 95% interval over seeds. kl, entropy: nats per token; length: tokens.\n"
     print(f"\n{table}")
     write_atomically(Path(f"{path}.md"), lambda file: file.write(table.encode()))
+    drawn = plot(groups, Path(f"{path}.png"))
+    print(f"{path}.md" + (f", {path}.png" if drawn else "; with matplotlib installed, learning curves too"))
+
+
+def plot(groups, path):
+    """Learning curves with their 95% interval, and reward against KL, as a PNG. False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"in {path}.md; with matplotlib installed, learning curves too")
-        return
+        return False
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     learning, frontier = figure.subplots(1, 2, sharey=True)
     for label, group in groups.items():
@@ -635,8 +644,8 @@ def compare(runs, path):
     learning.set(xlabel="iteration", ylabel="reward")
     frontier.set(xlabel="KL to the reference, nats per token")
     learning.legend()
-    write_atomically(Path(f"{path}.png"), lambda file: figure.savefig(file, format="png", dpi=150))
-    print(f"in {path}.md and {path}.png")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    return True
 
 
 def is_finished(config):
@@ -650,7 +659,7 @@ def is_finished(config):
     _, _, _, saved = load_checkpoint(run)
     ignored = INCIDENTAL + INHERITED * bool(config.init)
     for name, value in asdict(config).items():
-        if name not in ignored and saved["config"].get(name) != value:
+        if name not in ignored and saved.get("config", {}).get(name) != value:
             raise BadInput(f"{run} exists with another {flag(name)}: give another --name, or --overwrite")
     return (run / "result.json").exists()
 
@@ -709,7 +718,7 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
-        print(f"error: {e}; the last checkpoint is kept", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         task = "" if config.task in TASKS else f" --task {config.task}"
