@@ -484,27 +484,24 @@ def restore(parts, saved, path):
 
 def open_log(run, config, history):
     """A function that logs a row to metrics.csv, written anew from history, and to TensorBoard if asked."""
-    file = open(run / "metrics.csv" if processes()[0] == 0 else os.devnull, "w", encoding="utf-8")
+    rank, events = processes()[0], None
+    file = open(run / "metrics.csv" if rank == 0 else os.devnull, "w", encoding="utf-8")
 
-    def write(row):
+    def log(row):
         if row["iteration"] == 1:
             print(*row, sep=",", file=file)
         print(*(f"{value:.6g}" for value in row.values()), sep=",", file=file, flush=True)
+        if events:
+            for name, value in row.items():
+                events.add_scalar(name, value, row["iteration"])
+            events.flush()
 
     for row in history:
-        write(row)
-    if not config.tensorboard or processes()[0] > 0:
-        return write
-    from torch.utils.tensorboard import SummaryWriter
-    events = SummaryWriter(str(run), purge_step=len(history) + 1)
-
-    def write_both(row):
-        write(row)
-        for name, value in row.items():
-            events.add_scalar(name, value, row["iteration"])
-        events.flush()
-
-    return write_both
+        log(row)
+    if config.tensorboard and rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        events = SummaryWriter(str(run), purge_step=len(history) + 1)
+    return log
 
 
 def train(config, resume=False):
