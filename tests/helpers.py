@@ -1,0 +1,47 @@
+"""What several test files share."""
+
+import csv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# Options of a run that takes a second or two on the reviews; later options win.
+TINY = ("--n-layer 1 --n-embd 16 --n-head 2 --pretrain-steps 60 --iterations 2 --batch-size 16 --minibatches 2 "
+        "--eval-episodes 16 --threads 1").split()
+
+# A task file that is read at once, and options that fit it.
+TASK = """
+corpus = ["the cat sat on the mat.", "the dog sat on the log."] * 30
+prompts, heldout = ["the cat", "the dog"], ["the"]
+
+def reward(prompt, completion):
+    return len(completion) / 10
+"""
+SMALL = "--block-size 24 --max-new-tokens 12 --vocab-size 270".split()
+
+
+def task_file(folder, source=TASK, name="mine.py"):
+    """Write a task file into folder. Returns its path."""
+    (folder / name).write_text(source, encoding="utf-8")
+    return folder / name
+
+
+def contents(folder):
+    """{path: bytes} of all files below folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows(run):
+    """The rows of a run's metrics.csv as dicts of strings, without the seconds."""
+    with open(run / "metrics.csv", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+class Malice:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
