@@ -121,8 +121,8 @@ def ppo(policy, batch, optimizer, config, generator=None):
 
     The minimum removes the reason to move ρ further out of the clip range in the direction that A asks for,
     and keeps the reason to come back. Ends early once the exact mean KL(π_old‖π) on a minibatch exceeds
-    target_kl. Returns diagnostics. Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation
-    7.
+    target_kl. Returns diagnostics.
+    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7.
     """
     with torch.no_grad():
         old = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
@@ -189,11 +189,11 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
 def fisher_vector_product(policy, batch, temperature=1.0):
     """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
 
-    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is F = E[Jᵀ (diag p - p pᵀ)
-    J], where J is the derivative of a state's logits by the weights and p their softmax. Jᵀu is a backward
-    pass. It is linear in u, so that its derivative by u along v, a second backward pass, is J v. Both graphs
-    are made once and kept for all products. The network is never differentiated twice by its weights, and F
-    is positive semi-definite by construction.
+    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is
+    F = E[Jᵀ (diag p - p pᵀ) J], where J is the derivative of a state's logits by the weights and p their
+    softmax. Jᵀu is a backward pass. It is linear in u, so that its derivative by u along v, a second backward
+    pass, is J v. Both graphs are made once and kept for all products. The network is never differentiated
+    twice by its weights, and F is positive semi-definite by construction.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
     the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
     calculating Jacobian vector products".
@@ -252,7 +252,8 @@ def trpo(policy, batch, optimizer, config, generator=None):
     surrogate. F is taken over a random fisher_fraction of the episodes and stands, here and below, for F +
     damping · I, so that the KL of the full step tends to be less than δ. There is no learning rate; the
     optimizer is not used. Returns diagnostics; accepted is 0 where no step was taken and the weights are as
-    before. Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
+    before.
+    Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
     params = [p for p in policy.parameters() if p.requires_grad]
 

@@ -228,7 +228,6 @@ GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_eps
 
 def gpt2_layout(tensors):
     """{name: tensor} of ours in GPT-2's layout, or GPT-2's in ours: its linear layers store the transpose."""
-
     embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
     return {name: t.T.contiguous() if t.dim() == 2 and name not in embeddings else t
             for name, t in tensors.items()}

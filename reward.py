@@ -40,8 +40,7 @@ class Task:
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
 
 
-# Pieces for rewards. A sum of them is a line of Python: lambda p, c: contains("tea")(p, c) - repetition(p,
-# c).
+# Pieces for rewards, to be added up: lambda p, c: contains("tea")(p, c) - repetition(p, c).
 
 def words(text):
     """The words of a text in lower case. A Chinese or Japanese character is a word."""

@@ -19,9 +19,8 @@ import torch
 
 from model import GPT, BadInput, GPTConfig
 
-# How a text is split into words before BPE: contractions, then letters, digits or signs with the space before
-# them, then spaces. GPT-2's, and ours, in which a Chinese character is a word, so that a prompt may end after
-# any.
+# How a text is split into words before BPE: contractions; letters, digits or signs with the space before them;
+# spaces. In ours a Chinese character is a word, so that a prompt may end after any.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 OUR_SPLIT = (r"'s|'t|'re|'ve|'m|'ll|'d|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
              r"|\s+(?!\S)|\s+")
@@ -29,8 +28,7 @@ SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
 
 
 class Tokenizer:
-    """text <-> tokens: byte-pair encoding over bytes, so that every text has tokens, and an end-of-text
-    token.
+    """text <-> tokens: byte-pair encoding over bytes, so that every text has tokens, and an end-of-text token.
 
     `learn` learns a vocabulary from a corpus, offline; `gpt2` is GPT-2's.
     Sennrich et al. 2016; Radford et al. 2019.
@@ -42,10 +40,9 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts, vocab_size, sample_size=20_000):
-        """Learn at most vocab_size ≥ 257 tokens (256 bytes, merges, the end of text) from a sample of the
-        texts.
+        """Learn at most vocab_size ≥ 257 tokens: 256 bytes, merges, the end of text.
 
-        sample_size: characters, in pieces from all over the texts; the time to learn grows with it.
+        sample_size: characters to learn from, in pieces from all over the texts; the time grows with it.
         Where there is too little to merge, the number of merges is halved until there is enough.
         """
         pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
@@ -129,11 +126,10 @@ def draw(logp, uniforms):
 
 
 def truncate(logp, top_k=0, top_p=1.0):
-    """logp (B, V) of the top_k likeliest tokens (0: all) and the fewest that hold top_p together; -inf
-    elsewhere.
+    """logp (B, V), but -inf outside the top_k likeliest tokens (0: all) and the fewest that hold top_p together.
 
-    Top-k: Fan et al. 2018; top-p, or nucleus: Holtzman et al. 2020. For people to read; training samples from
-    all of π.
+    For people to read: training samples from all of π.
+    Top-k: Fan et al. 2018; top-p, or nucleus: Holtzman et al. 2020.
     """
     ordered, index = logp.sort(-1, descending=True)
     likelier = ordered.exp().cumsum(-1) - ordered.exp()  # (B, V) the probability of all likelier tokens
@@ -272,10 +268,9 @@ def is_gpt2(init):
 
 
 def load_weights(init, device="cpu"):
-    """(policy, tokenizer) to start from. init: a run, a checkpoint, a GPT-2's directory, or gpt2 (a
-    download).
+    """(policy, tokenizer) to start from. Raises BadInput.
 
-    Raises BadInput.
+    init: a run, a checkpoint, a GPT-2's directory, or gpt2 (a download).
     """
     if not is_gpt2(init):
         policy, _, tokenizer, _ = load_checkpoint(init, device)
