@@ -19,8 +19,8 @@ import torch
 
 from model import GPT, BadInput, GPTConfig
 
-# How a text is split into words before BPE: contractions; letters, digits or signs with the space before them;
-# spaces. In ours a Chinese character is a word, so that a prompt may end after any.
+# How a text is split into words before BPE: contractions; letters, digits or signs with the space before
+# them; spaces. In ours a Chinese character is a word, so that a prompt may end after any.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 OUR_SPLIT = (r"'s|'t|'re|'ve|'m|'ll|'d|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
              r"|\s+(?!\S)|\s+")
@@ -28,7 +28,7 @@ SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
 
 
 class Tokenizer:
-    """text <-> tokens: byte-pair encoding over bytes, so that every text has tokens, and an end-of-text token.
+    """text <-> tokens: byte-pair encoding over bytes, so that every text has tokens, and an end of text.
 
     `learn` learns a vocabulary from a corpus, offline; `gpt2` is GPT-2's.
     Sennrich et al. 2016; Radford et al. 2019.
@@ -126,7 +126,7 @@ def draw(logp, uniforms):
 
 
 def truncate(logp, top_k=0, top_p=1.0):
-    """logp (B, V), but -inf outside the top_k likeliest tokens (0: all) and the fewest that hold top_p together.
+    """logp (B, V) of the top_k likeliest tokens (0: all) and the fewest that hold top_p; -inf elsewhere.
 
     For people to read: training samples from all of π.
     Top-k: Fan et al. 2018; top-p, or nucleus: Holtzman et al. 2020.
