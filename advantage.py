@@ -111,7 +111,7 @@ def whiten(x, mask, eps=1e-8):
     return ((x - mean) * (var + eps).rsqrt()).masked_fill(~mask, 0)
 
 
-# What --advantage chooses from: (rewards, values, mask, config) -> advantages and the critic's targets (B, T).
+# What --advantage chooses from: (rewards, values, mask, config) -> advantages and critic's targets, (B, T).
 
 def from_returns(rewards, values, mask, config):
     returns = discounted_returns(rewards, mask, config.gamma)
