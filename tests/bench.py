@@ -1,25 +1,27 @@
-"""How long things take and how much memory, as ratios within one run: `python tests/bench.py [PART …] [--json FILE]`.
+"""Time and memory, as ratios measured in one run: `python tests/bench.py [PART …] [--json FILE]`.
 
-Parts: fisher, updates, iteration, sampling; these are what runs by default, some five minutes. And `seconds`, a whole default run
-of train.py taken apart; `growth`, one RL iteration at growing sizes; and `processes`, one on two processes, two threads and in
-bfloat16. Machines are shared and noisy: what is compared is run in turns, and a ratio is the median of the turns' ratios. Let
-nothing else run beside it.
+Parts: fisher, updates, iteration and sampling run by default, in about five minutes. By name only: seconds, a
+default run by its phases and operators; growth, an iteration at growing sizes; processes, an iteration on two
+processes, on two threads and in bfloat16.
+Machines are shared and noisy. So what is compared runs in turns, and a ratio is the median of the ratios of
+the turns. Run nothing else beside it. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse
 import contextlib
 import copy
-import csv
 import io
 import json
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from statistics import median
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,10 +37,11 @@ from reward import TASKS, Task
 from rollout import Tokenizer, sample
 
 SIZE = "batch, tokens, layers, heads, width, vocabulary"
-SIZES = [(256, 10, 2, 3, 96, 257), (128, 64, 4, 4, 128, 257), (64, 128, 4, 4, 128, 257), (16, 256, 6, 6, 192, 257)]
+SIZES = [(256, 10, 2, 3, 96, 257), (128, 64, 4, 4, 128, 257), (64, 128, 4, 4, 128, 257),
+         (16, 256, 6, 6, 192, 257)]
 
 
-def in_turns(rounds, **functions):
+def in_turns(rounds, functions):
     """Seconds of each function in each round, {name: [rounds]}, after one round that does not count."""
     seconds = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -50,318 +53,314 @@ def in_turns(rounds, **functions):
 
 
 def ratio(a, b):
-    return statistics.median(x / y for x, y in zip(a, b))
+    return median(x / y for x, y in zip(a, b))
 
 
-def median_ms(values):
-    return 1000 * statistics.median(values)
+def in_forwards(t, size):
+    """A row: the milliseconds of `forward` in the turns t, and everything else as a multiple of it."""
+    rest = {name: ratio(seconds, t["forward"]) for name, seconds in t.items() if name != "forward"}
+    return {SIZE: size, "forward, ms": 1000 * median(t["forward"]), **rest}
 
 
 def show(title, rows):
-    print(f"\n{title}")
-    columns = list(rows[0])
-    cells = [columns] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)), flush=True)
+    """Print rows, dicts with the same keys, as a Markdown table. Returns {title: rows}."""
+    text = lambda value: f"{float(f'{value:.3g}'):,g}" if isinstance(value, float) else str(value)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([text(v) for v in row.values()] for row in rows)]
+    print(f"\n{title}\n", *(f"| {' | '.join(line)} |" for line in lines), sep="\n", flush=True)
     return {title: rows}
 
 
 def make(size):
-    """A policy and a batch of full-length episodes of random tokens, with advantages of mean 0 and variance 1."""
+    """A policy, and a Batch of episodes of full length: random tokens and normally distributed advantages."""
     B, T, n_layer, n_head, n_embd, V = size
-    policy = GPT(GPTConfig(V, T + 1, n_layer, n_head, n_embd), torch.Generator().manual_seed(0))
-    tokens = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    policy = GPT(GPTConfig(V, T + 1, n_layer, n_head, n_embd), generator)
+    tokens = torch.randint(V, (B, T + 1), generator=generator)
     obs, actions, mask = tokens[:, :-1], tokens[:, 1:], torch.ones(B, T, dtype=torch.bool)
     with torch.no_grad():
         logprobs = chosen(log_probs(policy, obs, 1.0), actions)
-    advantages = torch.randn(B, T, generator=torch.Generator().manual_seed(2))
+    advantages = torch.randn(B, T, generator=generator)
     return policy, Batch(obs, actions, mask, logprobs, advantages, advantages)
 
 
+@torch.no_grad()
 def forward(policy, obs):
-    with torch.no_grad():
-        policy(obs)
+    policy(obs)
 
 
-# One Fisher-vector product.
+def high_water():
+    """The most memory that this process has held, MiB. Known on Linux, elsewhere nan."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024 if status.exists() else float("nan")
+
+
+def alone(function, *args):
+    """Call it in a process of its own, whose high water is its own too."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
 
 def textbook(policy, batch):
-    """v -> the Hessian of KL(π_old‖π_θ) at θ_old times v: the KL differentiated twice."""
+    """v -> H v, (n,) -> (n,), with H the Hessian of KL(π_old‖π) at π = π_old: the KL differentiated twice."""
     params = list(policy.parameters())
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
         logp = log_probs(policy, batch.obs, 1.0)
     kl = (logp.detach().exp() * (logp.detach() - logp)).sum(-1)[batch.mask].mean()
     gradient = flatten(torch.autograd.grad(kl, params, create_graph=True))
     return lambda v: flatten(torch.autograd.grad(gradient @ v, params, retain_graph=True))
 
 
-def direction(policy):
-    return torch.randn(sum(p.numel() for p in policy.parameters()), generator=torch.Generator().manual_seed(3))
-
-
-def high_water():
-    """The most memory that this process has had resident, MiB. Linux: elsewhere the figures of memory are missing."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024 if status.exists() else float("nan")
-
-
 def peak(size, make_product):
-    """MiB by which one product raises the peak of this process above that of a forward pass."""
-    policy, batch = make((1, 2, *size[2:]))
-    make_product(policy, batch)(direction(policy))  # what torch imports at its first use does not count
-    policy, batch = make(size)
-    forward(policy, batch.obs)
-    before = high_water()
-    make_product(policy, batch)(direction(policy))
+    """MiB by which one product, with its graph, raises the high water of a forward pass."""
+    for size in [(1, 2, *size[2:]), size]:  # first a small one: what torch loads at first use does not count
+        policy, batch = make(size)
+        forward(policy, batch.obs)
+        before = high_water()
+        make_product(policy, batch)(flatten(policy.parameters()).detach())
     return high_water() - before
-
-
-def alone(function, *args):
-    """Call it in a process of its own, for its peak memory."""
-    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
-        return pool.apply(function, args)
 
 
 def fisher():
     rows = []
     for size in SIZES:
         policy, batch = make(size)
-        v, ours, theirs = direction(policy), fisher_vector_product(policy, batch), textbook(policy, batch)
-        difference = (ours(v) - theirs(v)).norm() / theirs(v).norm()
-        t = in_turns(5, forward=lambda: forward(policy, batch.obs), ours=lambda: ours(v), theirs=lambda: theirs(v),
-                     first=lambda: fisher_vector_product(policy, batch)(v), their_first=lambda: textbook(policy, batch)(v))
-        rows.append({SIZE: size, "forward ms": median_ms(t["forward"]),
-                     "ours/forward": ratio(t["ours"], t["forward"]), "textbook/forward": ratio(t["theirs"], t["forward"]),
-                     "with the graph: ours": ratio(t["first"], t["forward"]), "textbook": ratio(t["their_first"], t["forward"]),
-                     "ours MiB": alone(peak, size, fisher_vector_product), "textbook MiB": alone(peak, size, textbook), "relative difference": difference.item()})
-    return show("One Fisher-vector product over all episodes, the graph kept from the product before", rows)
+        v = flatten(policy.parameters()).detach()  # some vector of that length
+        ours, theirs = fisher_vector_product(policy, batch), textbook(policy, batch)
+        t = in_turns(5, {"forward": lambda: forward(policy, batch.obs), "ours": lambda: ours(v),
+                         "textbook": lambda: theirs(v),
+                         "ours with its graph": lambda: fisher_vector_product(policy, batch)(v),
+                         "textbook with its graph": lambda: textbook(policy, batch)(v)})
+        rows.append(in_forwards(t, size) | {
+            "ours, MiB": alone(peak, size, fisher_vector_product),
+            "textbook, MiB": alone(peak, size, textbook),
+            "relative difference": ((ours(v) - theirs(v)).norm() / theirs(v).norm()).item()})
+    return show("A Fisher-vector product over all episodes, in forward passes", rows)
 
-
-# Whole updates.
 
 def updates():
-    config, rows = train.configure({"target_kl": 1000.0}), []  # so that PPO takes all its steps
-    all_episodes = train.configure({"fisher_fraction": 1.0})
+    config, _ = train.parse(["--target-kl", "1000"])  # PPO does not end early
+    all_episodes, _ = train.parse(["--fisher-fraction", "1"])
+    rows, steps = [], config.epochs * config.minibatches
     for size in SIZES:
         policy, batch = make(size)
 
         def run(update, config=config):
             mine = copy.deepcopy(policy)
-            stats = update(mine, batch, torch.optim.Adam(mine.parameters(), 1e-4, fused=True), config, torch.Generator().manual_seed(0))
-            assert stats.get("accepted", 1) and stats.get("steps", 16) == 16
-        t = in_turns(3, forward=lambda: forward(policy, batch.obs), reinforce=lambda: run(algos.reinforce),
-                     ppo=lambda: run(algos.ppo), trpo=lambda: run(algos.trpo), whole=lambda: run(algos.trpo, all_episodes))
-        rows.append({SIZE: size, "forward ms": median_ms(t["forward"]),
-                     **{f"{name}/forward": ratio(t[name], t["forward"]) for name in ("reinforce", "ppo", "trpo")},
-                     "trpo/ppo": ratio(t["trpo"], t["ppo"]), "trpo/ppo with all episodes in F": ratio(t["whole"], t["ppo"])})
-    return show(f"An update: PPO {config.epochs} x {config.minibatches} steps; TRPO {config.cg_iters} products over "
+            optimizer = torch.optim.Adam(mine.parameters(), 1e-4, fused=True)
+            stats = update(mine, batch, optimizer, config, torch.Generator().manual_seed(0))
+            assert stats.get("accepted", 1) and stats.get("steps", steps) == steps
+
+        t = in_turns(3, {"forward": lambda: forward(policy, batch.obs),
+                         "reinforce": lambda: run(algos.reinforce), "ppo": lambda: run(algos.ppo),
+                         "trpo": lambda: run(algos.trpo), "whole": lambda: run(algos.trpo, all_episodes)})
+        whole = t.pop("whole")
+        rows.append(in_forwards(t, size) | {"trpo/ppo": ratio(t["trpo"], t["ppo"]),
+                                            "trpo/ppo, F over all episodes": ratio(whole, t["ppo"])})
+    return show(f"An update, in forward passes: PPO {steps} steps; TRPO {config.cg_iters} products over "
                 f"{config.fisher_fraction:.0%} of the episodes", rows)
 
 
-# Whole iterations.
-
 @contextlib.contextmanager
-def timed(*functions):
-    """Note the seconds of each call, {name: [calls]}; not of calls inside another of them. functions: (namespace, name)."""
-    originals, seconds, inside = [namespace[name] for namespace, name in functions], {name: [] for _, name in functions}, []
+def timed(labels):
+    """Within it, {label: seconds spent so far} in functions of train.py. labels: {function's name: label}.
 
-    def watched(original, name):
-        def call(*args, **kwargs):
-            inside.append(name)
-            start = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                inside.pop()
-                if not inside:
-                    seconds[name].append(time.perf_counter() - start)
-        return call
-    for (namespace, name), original in zip(functions, originals):
-        namespace[name] = watched(original, name)
-    try:
-        yield seconds
-    finally:
-        for (namespace, name), original in zip(functions, originals):
-            namespace[name] = original
+    A call within another such call is part of the outer one.
+    """
+    spent, outside = dict.fromkeys(labels.values(), 0.0), True
+
+    def watch(function, label):
+        def watched(*args, **kwargs):
+            nonlocal outside
+            if not outside:
+                return function(*args, **kwargs)
+            outside, start = False, time.perf_counter()
+            result = function(*args, **kwargs)
+            outside = True
+            spent[label] += time.perf_counter() - start
+            return result
+        return watched
+
+    watched = {name: watch(vars(train)[name], label) for name, label in labels.items()}
+    updates = {name: watched[name] for name in train.ALGOS if name in watched}
+    with patch.multiple(train, **watched), patch.dict(train.ALGOS, updates):
+        yield spent
 
 
-def iteration():
-    """REINFORCE with the leave-one-out baseline on addition: a policy that has learned in 300 steps how long its answers are."""
-    config = train.configure(dict(task="addition", algo="reinforce", advantage="rloo", group_size=4, pretrain_steps=300))
+REFERENCE = "reference, KL, entropy"
+COLLECTING = {"sample": "sampling", "score": "reward", "log_probs": REFERENCE, "kl_divergence": REFERENCE,
+              "entropy": REFERENCE}
+
+
+def iteration(rounds=25, options=()):
+    """REINFORCE with leave-one-out on addition, after enough pretraining for answers of the usual length."""
+    config, _ = train.parse(["--task", "addition", "--algo", "reinforce", "--advantage", "rloo",
+                             "--group-size", "4", "--pretrain-steps", "300", *options])
     task = TASKS["addition"](0)
     with tempfile.TemporaryDirectory() as config.out, contextlib.redirect_stdout(io.StringIO()):
         policy, tokenizer, _ = train.pretrained(config, task, torch.device("cpu"))
-    reference, optimizer = copy.deepcopy(policy), torch.optim.Adam(policy.parameters(), config.lr, fused=True)
-    generators = {name: torch.Generator().manual_seed(0) for name in ("prompts", "sample", "update")}
-    batches = []
+    reference, batches, parts = copy.deepcopy(policy), [], []
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
+    generators = train.random_generators(0, 0, "cpu")
 
     def collect():
-        batches.append(train.collect(task, policy, reference, None, tokenizer, config, generators)[0])
-    with timed(*((vars(train), name) for name in ("sample", "score", "compare"))) as parts:
-        t = in_turns(25, collect=collect, update=lambda: algos.reinforce(policy, batches[-1], optimizer, config),
-                     forward=lambda: forward(policy, batches[-1].obs))
-    t |= {name: values[1:] for name, values in parts.items()}
-    t["other"] = [c - sum(rest) for c, *rest in zip(t["collect"], *(t[name] for name in parts))]
-    t["iteration"] = [a + b for a, b in zip(t["collect"], t["update"])]
-    labels = {"sample": "sample", "score": "reward", "compare": "reference, KL, entropy", "other": "text, advantages",
-              "update": "update", "iteration": "iteration"}
-    rows = [{"part": label, "ms": median_ms(t[name]), "/forward": ratio(t[name], t["forward"])} for name, label in labels.items()]
-    return show(f"An iteration of REINFORCE with leave-one-out on addition, 256 completions (forward {median_ms(t['forward']):.1f} ms)", rows)
+        with timed(COLLECTING) as spent:
+            batches.append(train.collect(task, policy, reference, None, tokenizer, config, generators)[0])
+        parts.append(spent)
 
-
-def sampling():
-    rows = []
-    for size in SIZES:
-        B, T, V = size[0], size[1], size[-1]
-        policy, _ = make(size)
-        generator = torch.Generator().manual_seed(0)
-
-        def complete():
-            return sample(policy, [[0]] * B, T, eos_token=V, generator=generator)  # V is never drawn
-        tokens = complete().tokens
-        functions = {"sample": complete, "forward": lambda: forward(policy, tokens[:, :-1])}
-        theirs = gpt2_of_transformers(policy)
-        if theirs:
-            functions["generate"] = lambda: theirs.generate(tokens[:, :1], attention_mask=torch.ones(B, 1, dtype=torch.long), do_sample=True,
-                                                            max_new_tokens=T, min_new_tokens=T, top_k=0, use_cache=True, pad_token_id=0)
-        t = in_turns(5, **functions)
-        rows.append({SIZE: size, "forward ms": median_ms(t["forward"]), "sample ms": median_ms(t["sample"]),
-                     "forward/sample": ratio(t["forward"], t["sample"]),
-                     "transformers' generate/sample": ratio(t["generate"], t["sample"]) if theirs else "not installed"})
-    return show("Sampling, beside one forward pass over the finished episodes", rows)
+    t = in_turns(rounds, {"collect": collect, "forward": lambda: forward(policy, batches[-1].obs),
+                          "update": lambda: algos.reinforce(policy, batches[-1], optimizer, config)})
+    collected = t.pop("collect")
+    del parts[0]  # of the round that does not count
+    t |= {label: [spent[label] for spent in parts] for label in parts[0]}
+    t["text, advantages"] = [c - sum(spent.values()) for c, spent in zip(collected, parts)]
+    t["whole iteration"] = [c + u for c, u in zip(collected, t["update"])]
+    rows = [{"part": part, "ms": 1000 * median(seconds), "forward passes": ratio(seconds, t["forward"])}
+            for part, seconds in t.items()]
+    return show(f"An iteration of REINFORCE on addition, {config.batch_size} completions", rows)
 
 
 def gpt2_of_transformers(policy):
+    """transformers' GPT-2 with the policy's weights; None where transformers is not installed."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         return None
     c = policy.config
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                                        bos_token_id=None, eos_token_id=None)).eval()
+    config = GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                        n_head=c.n_head, bos_token_id=None, eos_token_id=None)
+    theirs = GPT2LMHeadModel(config).eval()
     theirs.load_state_dict(gpt2_layout(policy.state_dict()), strict=False)  # the head is tied
     return theirs
 
 
-# A default run, taken apart.
+def sampling():
+    rows = []
+    for size in SIZES:
+        B, T, *_, V = size
+        policy, batch = make(size)
+        theirs, generator = gpt2_of_transformers(policy), torch.Generator().manual_seed(0)
+        ours = lambda: sample(policy, [[0]] * B, T, eos_token=V, generator=generator)  # V is never drawn
+        first = {"inputs": torch.zeros(B, 1, dtype=torch.long), "attention_mask": torch.ones(B, 1)}
+        generate = lambda: theirs.generate(**first, do_sample=True, top_k=0, max_new_tokens=T,
+                                           min_new_tokens=T, use_cache=True, pad_token_id=0)
+        t = in_turns(5, {"forward": lambda: forward(policy, batch.obs), "sample": ours,
+                         "generate": generate if theirs else lambda: None})
+        times = ratio(t.pop("generate"), t["sample"]) if theirs else "not installed"
+        rows.append(in_forwards(t, size) | {"transformers' generate/sample": times})
+    return show("Sampling, in forward passes over the finished episodes", rows)
 
-OPERATORS = {"matrix products": ("mm", "addmm", "bmm"), "attention": ("_scaled_dot_product",), "GELU": ("gelu",), "layer norm": ("native_layer_norm",),
-             "softmax": ("_softmax", "_log_softmax"), "Adam": ("_fused_adam",)}
+
+PHASES = {"pretrained": "pretraining", **COLLECTING, "trpo": "update", "fit_critic": "critic's fit",
+          "evaluate": "evaluation", "save_checkpoint": "checkpoints"}
+OPERATORS = {"mm": "matrix products", "addmm": "matrix products", "bmm": "matrix products", "gelu": "GELU",
+             "_scaled_dot_product": "attention", "native_layer_norm": "layer norm", "_softmax": "softmax",
+             "_log_softmax": "softmax", "_fused_adam": "Adam"}  # beginnings of names
 
 
-def seconds():
-    """`python train.py --algo trpo` by its phases; and which operators the time of 10 RL iterations goes to."""
-    phases = {"pretrained": "pretraining", "sample": "sampling", "score": "reward", "compare": "reference, KL, entropy", "trpo": "update",
-              "fit_critic": "critic's fit", "evaluate": "evaluation", "save_checkpoint": "checkpoints"}
+def seconds(options=()):
+    """`python train.py --algo trpo` by its phases, and 10 of its RL iterations by operator."""
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        with timed(*((train.ALGOS if name == "trpo" else vars(train), name) for name in phases)) as t:
+        command = ["--algo", "trpo", "--out", out, *options]
+        with timed(PHASES) as spent:
             start = time.perf_counter()
-            train.main(["--algo", "trpo", "--out", out])
+            assert train.main(command) is None
             whole = time.perf_counter() - start
+        command += ["--name", "profiled", "--iterations", "10", "--eval-episodes", "2"]
         with profile() as profiled:
-            train.main(["--algo", "trpo", "--out", out, "--name", "profiled", "--iterations", "10", "--eval-episodes", "1"])
-    spent = {label: sum(t[name]) for name, label in phases.items()}
+            assert train.main(command) is None
     spent["everything else"] = whole - sum(spent.values())
-    figures = show(f"A default run, {whole:.0f} s", [{"phase": p, "s": s, "share": f"{s / whole:.1%}"} for p, s in spent.items()])
-    return figures | show("10 RL iterations and two greedy evaluations by operator, as the profiler sees it (the one-token attention "
-                          "of sampling is in everything else)", by_operator(profiled.key_averages()))
+    phases = [{"phase": phase, "s": s, "share": f"{s / whole:.1%}"} for phase, s in spent.items()]
 
-
-def by_operator(events):
-    """The shares of OPERATORS in the profiler's events, and of the rest with its largest."""
-    spent, others = dict.fromkeys(OPERATORS, 0), [0]
-    for event in events:
+    time_of = Counter()  # microseconds of each operator
+    for event in profiled.key_averages():
         name = event.key.removeprefix("aten::")
-        label = next((label for label, prefixes in OPERATORS.items() if name.startswith(prefixes)), None)
-        if label:
-            spent[label] += event.self_cpu_time_total
-        else:
-            others.append(event.self_cpu_time_total)
-    total = sum(spent.values()) + sum(others)
-    spent[f"everything else, none of it more than {max(others) / total:.1%}"] = sum(others)
-    return [{"operator": label, "share": f"{us / total:.1%}"} for label, us in spent.items()]
+        name = next((label for start, label in OPERATORS.items() if name.startswith(start)), name)
+        time_of[name] += event.self_cpu_time_total
+    operators = [{"operator": name, "share": f"{us / time_of.total():.1%}"}
+                 for name, us in time_of.most_common(15)]
+    return (show(f"A default run, {whole:.0f} s", phases) |
+            show("10 RL iterations and two greedy evaluations, by operator: the 15 largest", operators))
 
 
-# Growth.
+GROWTH = {"episodes": [(batch, 64, 2, 4, 128) for batch in (64, 128, 256, 512, 1024)],
+          "tokens": [(64, tokens, 2, 4, 128) for tokens in (16, 32, 64, 128, 256)],
+          "weights": [(16, 32, *shape) for shape in ((2, 2, 64), (5, 4, 128), (6, 12, 384), (14, 12, 768))]}
+
 
 def one_iteration(batch_size, length, n_layer, n_head, n_embd):
-    """Seconds of the second of two default TRPO iterations, its critic's fit included, and MiB of peak above the start of both."""
-    config = train.configure(dict(batch_size=batch_size, max_new_tokens=length - 1, block_size=length))
+    """The number of parameters, seconds of the second of two TRPO iterations, and MiB that both need."""
+    config, _ = train.parse(["--batch-size", str(batch_size), "--max-new-tokens", str(length - 1)])
     tokenizer = Tokenizer.from_merges([])
-    policy = GPT(GPTConfig(256, length, n_layer, n_head, n_embd))  # has no end-of-text token, so all episodes are of full length
+    policy = GPT(GPTConfig(256, length, n_layer, n_head, n_embd))  # without end of text: all of full length
     task = Task([], ["a"], ["a"], lambda prompt, completion: completion.count("e"), None)
     before = high_water()
     reference, critic = copy.deepcopy(policy).requires_grad_(False), Critic(policy.config, policy)
     optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
-    generators = {name: torch.Generator().manual_seed(0) for name in ("prompts", "sample", "update")}
+    generators = train.random_generators(0, 0, "cpu")
     for _ in range(2):
         start = time.perf_counter()
         batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
         algos.trpo(policy, batch, None, config, generators["update"])
         algos.fit_critic(critic, batch, optimizer, config, generators["update"])
         taken = time.perf_counter() - start
-    size = sum(p.numel() for p in policy.parameters())
-    return size, taken, high_water() - before
+    return sum(p.numel() for p in policy.parameters()), taken, high_water() - before
 
 
 def growth():
-    figures = {}
-    small = (2, 4, 128)
-    for title, sizes in {"Growth with the batch": [(b, 64, *small) for b in (64, 128, 256, 512, 1024)],
-                         "Growth with the tokens": [(64, t, *small) for t in (16, 32, 64, 128, 256)],
-                         "Growth with the parameters": [(16, 32, *shape) for shape in ((2, 2, 64), (5, 4, 128), (6, 12, 384), (14, 12, 768))]}.items():
+    tables = {}
+    for quantity, sizes in GROWTH.items():
         rows = []
         for size in sizes:
-            parameters, taken, memory = alone(one_iteration, *size)
-            first = rows[0] if rows else {"s": taken, "MiB": memory}
-            rows.append({"batch": size[0], "tokens": size[1], "parameters": parameters, "s": taken, "s / first": taken / first["s"],
-                         "MiB": memory, "MiB / first": memory / first["MiB"]})
-        figures |= show(f"{title}: a default TRPO iteration", rows)
-    return figures
+            parameters, s, mib = alone(one_iteration, *size)
+            first = rows[0] if rows else {"s": s, "MiB": mib}
+            rows.append({"batch": size[0], "tokens": size[1], "parameters": parameters, "s": s,
+                         "s / first": s / first["s"], "MiB": mib, "MiB / first": mib / first["MiB"]})
+        tables |= show(f"A TRPO iteration with its critic's fit: more {quantity}", rows)
+    return tables
 
 
-# Processes, threads and precision.
+KINDS = {"one process, one thread": (1, 1, "float32"), "two processes, one thread each": (2, 1, "float32"),
+         "one process, two threads": (1, 2, "float32"), "bfloat16": (1, 1, "bfloat16")}
 
-def processes(rounds=2, iterations=6):
-    """Seconds of a default iteration on reviews: of one process with one thread, and what two processes, two threads or bfloat16 make of it."""
-    kinds = {"one process, one thread": (1, 1), "two processes, one thread each": (2, 1), "one process, two threads": (1, 2), "bfloat16": (1, 1)}
+
+def processes(rounds=2, iterations=6, options=()):
+    def run(kind, algo, out):
+        """Seconds of each iteration but the first, which warms up."""
+        count, threads, dtype = KINDS[kind]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [sys.executable, *torchrun * (count > 1), train.__file__, "--overwrite", "--name=timed",
+                   "--eval-episodes=2", f"--algo={algo}", f"--out={out}", f"--threads={threads}",
+                   f"--iterations={iterations}", f"--dtype={dtype}", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        return train.read_run(Path(out) / "timed")[2]["seconds"][1:]
+
     rows = []
     with tempfile.TemporaryDirectory() as out:
-        def run(algo, kind):
-            count, threads = kinds[kind]
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-            options = dict(algo=algo, out=out, name="timed", threads=threads, iterations=iterations, dtype=kind if kind == "bfloat16" else "float32")
-            options = ["--eval-episodes=2", "--overwrite", *(f"--{name}={value}" for name, value in options.items())]
-            subprocess.run([sys.executable, *launcher, train.__file__, *options], check=True, capture_output=True,
-                           env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-            with open(Path(out) / "timed" / "metrics.csv") as file:
-                return [float(row["seconds"]) for row in csv.DictReader(file)][1:]  # the first of all warms up
         for algo in train.ALGOS:
-            t = {kind: [] for kind in kinds}
+            t = {kind: [] for kind in KINDS}
             for _ in range(rounds):
-                for kind in kinds:
-                    t[kind] += run(algo, kind)
-            alone = t.pop("one process, one thread")
-            rows.append({"": algo, "s": statistics.median(alone), **{f"gain of {kind}": ratio(alone, values) for kind, values in t.items()}})
-    return show("An iteration of 256 episodes, its critic's fit included: how many times faster than one process with one thread", rows)
+                for kind in KINDS:
+                    t[kind] += run(kind, algo, out)
+            single = t.pop("one process, one thread")
+            rows.append({"algo": algo, "s": median(single),
+                         **{kind: ratio(single, values) for kind, values in t.items()}})
+    return show("An iteration on reviews, critic's fit included: how many times faster than one process with "
+                "one thread", rows)
 
 
-PARTS = {f.__name__: f for f in (fisher, updates, iteration, sampling, seconds, growth, processes)}
+PARTS = {part.__name__: part for part in (fisher, updates, iteration, sampling, seconds, growth, processes)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--json", help="write the figures to this file too")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     args = parser.parse_args()
-    unknown = set(args.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"no part named {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads")
-    figures = {"torch": torch.__version__, "threads": args.threads}
+    if set(args.parts) - set(PARTS):
+        parser.error(f"choose parts from {', '.join(PARTS)}")
+    figures = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(f"torch {figures['torch']}, {figures['threads']} threads")
     for part in args.parts or ["fisher", "updates", "iteration", "sampling"]:
         figures |= PARTS[part]()
     if args.json:
