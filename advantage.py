@@ -19,13 +19,13 @@ def processes():
 def all_sum(x):
     """The sum of x over all processes, the same bits on each.
 
-    Its gradient is that of this process's x: the processes' gradients are still to be summed.
+    Its gradient is that of this process's x alone: the gradients, too, are to be summed over processes.
     """
     if not dist.is_initialized():
         return x
     total = x.detach().clone()
     dist.all_reduce(total)
-    return total + (x - x.detach()) if x.requires_grad else total
+    return total + (x - x.detach()) if x.requires_grad else total  # total in value, x in gradient
 
 
 def masked_mean(x, mask):
@@ -33,15 +33,15 @@ def masked_mean(x, mask):
     return all_sum(x.masked_fill(~mask, 0).sum()) / all_sum(mask.sum())
 
 
-def token_rewards(scores, mask, logp, ref_logp, kl_coef):
+def token_rewards(scores, mask, logprobs, ref_logprobs, kl_coef):
     """r_t = -β (log π(a_t|s_t) - log π_ref(a_t|s_t)) for each action, plus the score on the last one.
 
-    scores: (B,), one per sequence.  mask: (B, T).  logp, ref_logp: (B, T), of the sampled actions.
+    scores: (B,), one per sequence.  mask: (B, T).  logprobs, ref_logprobs: (B, T), of the sampled actions.
     kl_coef: β, in units of reward per nat.  Returns (B, T). A row sums to its score less β times its sampled
     log-ratio, whose expectation is the KL: score - β KL(π‖π_ref).
     Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", equation 2.
     """
-    rewards = -kl_coef * (logp - ref_logp).masked_fill(~mask, 0)
+    rewards = -kl_coef * (logprobs - ref_logprobs).masked_fill(~mask, 0)
     actions_left = mask.flip(1).cumsum(1).flip(1)  # (B, T), this one included
     last = mask & (actions_left == 1)
     return rewards + scores[:, None] * last  # the reward sits on the last action, usually the end of text
@@ -89,7 +89,8 @@ def leave_one_out(scores, group_size):
     Returns (B,).  RLOO: Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics", equation 6.
     """
     groups = scores.view(-1, group_size)
-    return ((groups - groups.mean(1, keepdim=True)) * group_size / (group_size - 1)).view(-1)
+    deviation = groups - groups.mean(1, keepdim=True)  # from all K: (K-1)/K of that from the other K-1
+    return (deviation * group_size / (group_size - 1)).view(-1)
 
 
 def group_normalize(scores, group_size, eps=1e-4):
@@ -122,11 +123,14 @@ def from_gae(rewards, values, mask, config):
     return gae(rewards, values, mask, config.gamma, config.lam)
 
 
-def from_group(compare):
-    """Every action of an episode gets the episode's total reward, compared within the prompt's group."""
+def from_group(relative):
+    """Every action of an episode gets its total reward, KL penalty included, relative to the prompt's group.
+
+    relative: leave_one_out or group_normalize. gamma and lam play no part.
+    """
     def estimate(rewards, values, mask, config):
         totals = rewards.masked_fill(~mask, 0).sum(1)  # (B,)
-        return compare(totals, config.group_size)[:, None] * mask, totals[:, None] * mask
+        return relative(totals, config.group_size)[:, None] * mask, totals[:, None] * mask
     return estimate
 
 

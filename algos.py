@@ -83,10 +83,18 @@ def check_finite(**quantities):
             raise FloatingPointError(f"the {name} is {value}: take smaller steps (a lower lr or delta)")
 
 
+def flatten(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unflatten(vector, like):
+    return [part.view_as(t) for part, t in zip(vector.split([t.numel() for t in like]), like)]
+
+
 def gradient_step(model, loss, optimizer, max_grad_norm):
     """One step down the loss. Returns the norm of the gradient before it was clipped to max_grad_norm.
 
-    loss: this process's share; gradients are summed over all processes.
+    loss: its gradient is this process's share, to be summed over all processes.
     Raises FloatingPointError, before any weight has moved, where the loss or its gradient is not finite.
     """
     optimizer.zero_grad()
@@ -106,12 +114,13 @@ def gradient_step(model, loss, optimizer, max_grad_norm):
 def reinforce(policy, batch, optimizer, config, generator=None):
     """One step up the policy gradient E[∇log π(a_t|s_t) A_t], the mean over the actions of the batch.
 
-    Returns diagnostics. Williams 1992; with A_t in place of the return: Sutton et al. 2000.
+    Returns diagnostics, kl_update of the first 64 episodes alone.
+    Williams 1992; with A_t in place of the return: Sutton et al. 2000.
     """
     logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
     loss = -masked_mean(chosen(logp, batch.actions) * batch.advantages, batch.mask)
     norm = gradient_step(policy, loss, optimizer, config.max_grad_norm)
-    first = slice(64)  # the KL of 64 episodes: that of all would take a fifth of the update's time
+    first = slice(64)  # the KL of all episodes would take a fifth of the update's time
     kl = mean_kl(policy, batch.rows(first), logp.detach()[first], config.temperature)
     return {"loss": loss.item(), "grad_norm": norm, "kl_update": kl}
 
@@ -125,12 +134,12 @@ def ppo(policy, batch, optimizer, config, generator=None):
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7.
     """
     with torch.no_grad():
-        old = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
+        old = log_probs(policy, batch.obs, config.temperature)  # (B, T, A), of all actions: for the exact KL
     steps = []
     for rows, mb in minibatches(batch, config.epochs, config.minibatches, generator):
         logp = log_probs(policy, mb.obs, config.temperature)  # (b, T, A)
         kl = masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask)
-        if steps and not kl <= config.target_kl:  # written so that NaN ends it too
+        if steps and not kl <= config.target_kl:  # after at least one step; NaN ends it too
             break
         ratio = (chosen(logp, mb.actions) - mb.logprobs).exp()  # (b, T)
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
@@ -153,14 +162,6 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
 
 
 # Second order.
-
-def flatten(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
-def unflatten(vector, like):
-    return [part.view_as(t) for part, t in zip(vector.split([t.numel() for t in like]), like)]
-
 
 def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     """Solve A x = b for a symmetric positive definite A of which only the products v -> A v are known.
@@ -209,7 +210,7 @@ def fisher_vector_product(policy, batch, temperature=1.0):
     def product(v):
         Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (B, T, A)
         Fv = torch.autograd.grad(probs, params, weight * Jv, retain_graph=True, materialize_grads=True)
-        return all_sum(flatten(Fv))
+        return all_sum(flatten(Fv))  # (n,) Jᵀ (diag p - p pᵀ) weight J v, summed over the states
 
     return product
 
@@ -249,10 +250,9 @@ def trpo(policy, batch, optimizer, config, generator=None):
 
     With g the surrogate's gradient and the KL ½ sᵀF s to second order, that step is s = sqrt(2δ / xᵀF x) x
     with F x = g: the natural gradient, as long as the KL allows. The line search then checks the exact KL and
-    surrogate. F is taken over a random fisher_fraction of the episodes and stands, here and below, for F +
-    damping · I, so that the KL of the full step tends to be less than δ. There is no learning rate; the
-    optimizer is not used. Returns diagnostics; accepted is 0 where no step was taken and the weights are as
-    before.
+    surrogate. F is taken over a random fisher_fraction of the episodes, and damping is added to its diagonal,
+    so that the KL of the full step tends to be less than δ. There is no learning rate; the optimizer is not
+    used. Returns diagnostics; accepted is 0 where no step was taken and the weights are as before.
     Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
     params = [p for p in policy.parameters() if p.requires_grad]
@@ -271,19 +271,21 @@ def trpo(policy, batch, optimizer, config, generator=None):
     subset = batch.rows(order[:math.ceil(config.fisher_fraction * len(order))])
     fisher = fisher_vector_product(policy, subset, config.temperature)
     x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
-    xFx = x @ (g - r)  # since F x = g - r
+    xFx = x @ (g - r)  # since (F + damping I) x = g - r
 
     def evaluate():
         new = log_probs(policy, batch.obs, config.temperature)
         return surrogate(new) - before, masked_mean(kl_divergence(old, new), batch.mask)
 
-    found, step = None, torch.zeros_like(x)
-    usable = 0 < xFx < math.inf  # false for a zero gradient, and where a product is not finite
-    if usable:
-        step = (2 * config.delta / xFx).sqrt() * x
-        found = line_search(evaluate, params, step, config.delta)
-    halvings, gain, kl = found or (0, 0.0, 0.0)
-    return {"loss": -before.item(), "grad_norm": g.norm().item(), "kl_update": kl,
-            "accepted": int(found is not None), "halvings": halvings, "gain": gain,
-            "step_norm": step.norm().item() * 0.5 ** halvings if found else 0.0,
-            "cg_residual": (r.norm() / g.norm()).item() if usable else 0.0}
+    stats = {"loss": -before.item(), "grad_norm": g.norm().item(), "kl_update": 0.0, "accepted": 0,
+             "halvings": 0, "gain": 0.0, "step_norm": 0.0, "cg_residual": 0.0}
+    if not 0 < xFx < math.inf:  # the gradient is zero, or a product is not finite
+        return stats
+    step = (2 * config.delta / xFx).sqrt() * x
+    found = line_search(evaluate, params, step, config.delta)
+    stats["cg_residual"] = (r.norm() / g.norm()).item()
+    if found:
+        halvings, gain, kl = found
+        stats |= {"kl_update": kl, "accepted": 1, "halvings": halvings, "gain": gain,
+                  "step_norm": step.norm().item() * 0.5 ** halvings}
+    return stats

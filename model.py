@@ -1,8 +1,8 @@
 """A GPT-2 written out by hand: the policy π(token | tokens so far) and the critic V(tokens so far).
 
 Small pieces first: attention and its cache, the MLP, the block, the trunk. Then the two networks, GPT and
-Critic. Last, GPT-2's weights in and out: modules are named as in OpenAI's release, so that its tensors are
-found by name.
+Critic. Last, files of GPT-2's weights: modules are named as in OpenAI's release, so that tensors are found by
+name.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
@@ -36,13 +36,14 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of one attention layer for the S tokens read so far, (S, B, H, D) each.
+    """The keys and values of one attention layer for the S tokens read so far: k and v (S, B, H, D).
 
     Time is the first dimension, so that a decoding step reads one contiguous block and copies nothing.
     """
 
     def __init__(self, max_length):
         self.max_length, self.length = max_length, 0
+        self.k = self.v = None  # made by the first append, which knows B, H and D
 
     def append(self, k, v):
         """Store the keys and values (B, H, T, D) of T new tokens. Returns those of all, (S, B, H, D) each."""
@@ -63,9 +64,9 @@ def cached_attention(q, k, v):
     """Attention of the newest T of S tokens. q: (B, H, T, D).  k, v: (S, B, H, D).  Returns (B, H, T, D)."""
     T, S = q.shape[2], len(k)
     if T == 1:  # a decoding step: softmax(q kᵀ / √D) v written out; the fused kernel is slower for one query
-        weights = (k * (q[:, :, 0] / math.sqrt(q.shape[-1]))).sum(-1).softmax(0)  # (S, B, H)
-        return (weights.unsqueeze(-1) * v).sum(0).unsqueeze(2)
-    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # new token t stands at S-T+t
+        scores = (k * (q[:, :, 0] / math.sqrt(q.shape[-1]))).sum(-1)  # (S, B, H)
+        return (scores.softmax(0).unsqueeze(-1) * v).sum(0).unsqueeze(2)
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # query t sees keys up to S-T+t
     return F.scaled_dot_product_attention(q, k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), attn_mask=visible)
 
 
@@ -121,7 +122,8 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # 2 n_layer branches add up in the residual stream: scaled to bound its variance
+            if p.dim() == 2:
+                # The outputs (c_proj) of 2 n_layer branches add up in the residual stream: keep its variance.
                 std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
                 p.data.normal_(0, std, generator=generator)
             elif name.endswith("bias"):
@@ -159,44 +161,6 @@ class GPT(nn.Module):
         """An empty cache for sequences of at most max_length tokens: one KVCache per layer."""
         return [KVCache(max_length) for _ in range(self.config.n_layer)]
 
-    @classmethod
-    def from_gpt2(cls, path):
-        """Load a GPT-2 from a directory as Hugging Face writes it: config.json and the weights.
-
-        Nothing in the files is executed. Raises BadInput for a file that is missing or damaged, for a model
-        that is no GPT-2, and for tensors that are missing, unexpected or misshapen, by name.
-        """
-        path = Path(path)
-        try:
-            given = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            for name, value in GPT2.items():
-                if given.get(name, value) != value:
-                    raise ValueError(f"this is not a GPT-2: {name} is {given[name]!r} in config.json")
-            sizes = [given[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-            policy = cls(GPTConfig(*sizes))
-            policy.load_state_dict(gpt2_layout(read_tensors(path)))
-        except Exception as e:  # a damaged file can raise nearly anything
-            raise BadInput(f"cannot load a GPT-2 from {path}: {type(e).__name__}: {' '.join(str(e).split())}")
-        return policy
-
-    def to_gpt2(self, path, eos_token):
-        """Write the directory that `from_gpt2` and transformers' GPT2LMHeadModel.from_pretrained load.
-
-        path: a directory that does not exist yet.
-        """
-        c, path = self.config, Path(path)
-        path.mkdir(parents=True)
-        config = GPT2 | {"architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-                         "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
-                         "n_head": c.n_head, "bos_token_id": eos_token, "eos_token_id": eos_token}
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = gpt2_layout(self.state_dict())
-        try:
-            from safetensors.torch import save_file
-            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        except ImportError:
-            torch.save(tensors, path / "pytorch_model.bin")
-
 
 class Critic(nn.Module):
     """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the return after tokens[:, :t+1].
@@ -219,15 +183,15 @@ class Critic(nn.Module):
         return self.value_head(self.transformer(tokens)).to(self.value_head.weight.dtype).squeeze(-1)
 
 
-# GPT-2's weights as Hugging Face stores them.
+# GPT-2's weights, in files as Hugging Face writes them.
 
 GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
         "tie_word_embeddings": True}
 
 
-def gpt2_layout(tensors):
-    """{name: tensor} of ours in GPT-2's layout, or GPT-2's in ours: its linear layers store the transpose."""
+def transpose_linear(tensors):
+    """{name: tensor} with every linear layer transposed: from our layout to GPT-2's, or back."""
     embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
     return {name: t.T.contiguous() if t.dim() == 2 and name not in embeddings else t
             for name, t in tensors.items()}
@@ -250,3 +214,45 @@ def read_tensors(path):
     if head is not None and not torch.equal(head, tensors["transformer.wte.weight"]):
         raise ValueError("lm_head.weight is not the token embedding")
     return tensors
+
+
+def load_gpt2(path):
+    """The GPT in a directory as Hugging Face writes it: config.json and the weights.
+
+    Nothing in the files is executed. Raises BadInput for a file that is missing or damaged, for a model that
+    is no GPT-2, and for tensors that are missing, unexpected or misshapen, by name.
+    """
+    path = Path(path)
+    try:
+        given = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        for name, value in GPT2.items():
+            if given.get(name, value) != value:
+                raise ValueError(f"this is not a GPT-2: {name} is {given[name]!r} in config.json")
+        sizes = [given[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+        policy = GPT(GPTConfig(*sizes))
+        policy.load_state_dict(transpose_linear(read_tensors(path)))
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise BadInput(f"cannot load a GPT-2 from {path}: {type(e).__name__}: {' '.join(str(e).split())}")
+    return policy
+
+
+def save_gpt2(policy, path, eos_token):
+    """Write the directory that `load_gpt2` and transformers' GPT2LMHeadModel.from_pretrained load.
+
+    path: a directory that does not exist yet. Raises BadInput where it does, or cannot be written.
+    """
+    c, path = policy.config, Path(path)
+    config = GPT2 | {"architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+                     "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
+                     "n_head": c.n_head, "bos_token_id": eos_token, "eos_token_id": eos_token}
+    tensors = transpose_linear(policy.state_dict())
+    try:
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        try:
+            from safetensors.torch import save_file
+            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        except ImportError:
+            torch.save(tensors, path / "pytorch_model.bin")
+    except Exception as e:  # of the file system, or safetensors' own
+        raise BadInput(f"cannot write {path}: give a new directory on a disk with room ({e})")

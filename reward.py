@@ -20,9 +20,9 @@ class BadTask(ValueError):
 class Text(str):
     """A string that carries attributes: Text("7+5=", answer="12").answer is "12".
 
-    A prompt may carry what its reward compares with. A completion carries `length`, its tokens with the end
-    of text; `ended`, whether it chose the end of text; and `fluency`, the mean log-likelihood per token, in
-    nats, under the reference: the policy as it was before RL, at the run's temperature.
+    A prompt may carry what its reward compares with. A completion carries `length`, its number of tokens with
+    the end of text; `ended`, whether it chose the end of text; and `fluency`, the mean log-likelihood per
+    token, in nats, under the reference: the policy as it was before RL, at the run's temperature.
     """
 
     def __new__(cls, text, **attributes):
@@ -118,39 +118,40 @@ def load_task(name, seed):
     return task
 
 
-def score(function, prompts, completions):
-    """What a reward or metric returns for each of B completions: B floats.
-
-    An error in the function keeps its own traceback, with the prompt and completion named below it. Raises
-    BadTask for what is no number, FloatingPointError for a number that is not finite or exceeds float32.
-    """
-    name, pairs, values = getattr(function, "__name__", "reward"), list(zip(prompts, completions)), []
-    describe = lambda pair: "the prompt {!r} and the completion {!r}".format(*map(str, pair))
-    pair = pairs[0]
+def judge(function, prompt, completion):
+    """function(prompt, completion). An error keeps its own traceback, and names prompt and completion."""
     try:
-        if getattr(function, "batched", False):
-            values = list(function(list(prompts), list(completions)))
-        else:
-            for pair in pairs:
-                values.append(function(*pair))
+        return function(prompt, completion)
     except Exception as e:
-        note = f"{name} failed on {describe(pair)}" + " and others" * getattr(function, "batched", False)
+        note = f"it came with the prompt {prompt!r:.500} and the completion {completion!r:.500}"
         if sys.version_info >= (3, 11):
             e.add_note(note)
         else:
             print(note, file=sys.stderr)
         raise
-    if len(values) != len(pairs):
-        raise BadTask(f"{name} returned {len(values)} numbers for a batch of {len(pairs)} completions")
-    for i, pair in enumerate(pairs):
-        returned = f"{name} returned {values[i]!r} for {describe(pair)}"
+
+
+def score(function, prompts, completions):
+    """What a reward or metric returns for each of B completions: B floats.
+
+    Raises BadTask for what is no number, FloatingPointError for what is not finite or exceeds float32.
+    """
+    name, numbers = getattr(function, "__name__", "the reward"), []
+    if getattr(function, "batched", False):
+        values = list(judge(function, list(prompts), list(completions)))
+        if len(values) != len(completions):
+            raise BadTask(f"{name} returned {len(values)} numbers for {len(completions)} completions")
+    else:
+        values = [judge(function, *pair) for pair in zip(prompts, completions)]
+    for value, prompt, completion in zip(values, prompts, completions):
+        returned = f"{name} returned {value!r} for the prompt {prompt!r} and the completion {completion!r}"
         try:
-            values[i] = float(values[i])
+            numbers.append(float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise BadTask(f"{returned}: it must return a number")
-        if not abs(values[i]) < 1e38:
+        if not abs(numbers[-1]) < 1e38:
             raise FloatingPointError(f"{returned}: it must return a finite number")
-    return values
+    return numbers
 
 
 # Grammars, out of which two of the tasks make their corpus.
@@ -228,9 +229,9 @@ REVIEWS = {
 
 def opinion(prompt, completion):
     """(positive - negative opinion words) / 2, clamped to [-1, 1]: two positive words alone earn the most."""
-    words = re.findall(r"\w+", completion)
-    score = sum(w in GOOD or w in LOVED for w in words) - sum(w in BAD or w in HATED for w in words)
-    return max(-1.0, min(1.0, score / 2))
+    tokens = re.findall(r"\w+", completion)
+    balance = sum(w in GOOD or w in LOVED for w in tokens) - sum(w in BAD or w in HATED for w in tokens)
+    return max(-1.0, min(1.0, balance / 2))
 
 
 def reviews(seed):
@@ -245,8 +246,9 @@ def reviews(seed):
 
 def careless_sum(a, b, rng):
     """a + b by a pupil who in 60% of the cases forgets to carry from the units to the tens."""
-    carry = (a % 10 + b % 10) // 10
-    return a + b - 10 * (carry and rng.random() < 0.6)
+    carries = a % 10 + b % 10 >= 10
+    forgets = carries and rng.random() < 0.6
+    return a + b - 10 * forgets
 
 
 def accuracy(prompt, completion):

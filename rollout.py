@@ -17,10 +17,11 @@ import tiktoken
 import tiktoken._educational
 import torch
 
-from model import GPT, BadInput, GPTConfig
+from model import GPT, BadInput, GPTConfig, load_gpt2, save_gpt2
 
-# How a text is split into words before BPE: contractions; letters, digits or signs with the space before
-# them; spaces. In ours a Chinese character is a word, so that a prompt may end after any.
+# How a text is split into words, within which BPE merges bytes: contractions; letters, digits or signs with
+# the space before them; spaces. In ours a Chinese character is a word, so that a prompt that ends after one
+# has the tokens that it has within a longer text.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 OUR_SPLIT = (r"'s|'t|'re|'ve|'m|'ll|'d|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
              r"|\s+(?!\S)|\s+")
@@ -47,13 +48,13 @@ class Tokenizer:
         """
         pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
         stride = max(1, sum(map(len, texts)) // sample_size)
-        data = "\n".join(pieces[::stride])
+        data = "\n".join(pieces[::stride])  # about sample_size characters
         merges = min(vocab_size - 257, len(data.encode()))
         while True:
             try:
                 ranks = tiktoken._educational.bpe_train(data, 256 + merges, OUR_SPLIT, visualise=None)
                 return cls.from_merges(list(ranks)[256:])
-            except ValueError:
+            except ValueError:  # no pair is left to merge
                 if merges <= 0:
                     raise
                 merges //= 2
@@ -101,16 +102,16 @@ class Tokenizer:
 
 @dataclass
 class Rollout:
-    """B sampled episodes. mask[b, t] is aligned on actions: True where the policy chose tokens[b, t + 1]."""
+    """B sampled episodes of up to T actions. mask[b, t] is True where the policy chose tokens[b, t + 1]."""
 
-    tokens: torch.Tensor  # (B, T) int64: prompt, completion with its end of text, then end-of-text as filler
-    mask: torch.Tensor  # (B, T-1) bool: prompt False, completion and its end of text True, filler False
-    logp: torch.Tensor  # (B, T-1, V) log π(·|s) when the actions were drawn; undefined where mask is False
+    tokens: torch.Tensor  # (B, T+1) int64: prompt, completion, its end of text, then end of text as filler
+    mask: torch.Tensor  # (B, T) bool: prompt False, completion and its end of text True, filler False
+    logp: torch.Tensor  # (B, T, V) log π(·|s) when the actions were drawn; undefined where mask is False
 
     def completions(self, tokenizer):
         """The B completions as text, without prompt and end of text."""
         rows = zip(self.tokens[:, 1:].tolist(), self.mask.tolist())
-        return [tokenizer.decode([t for t, chosen in zip(tokens, mask) if chosen]) for tokens, mask in rows]
+        return [tokenizer.decode([t for t, acted in zip(tokens, mask) if acted]) for tokens, mask in rows]
 
 
 def draw(logp, uniforms):
@@ -133,10 +134,9 @@ def truncate(logp, top_k=0, top_p=1.0):
     """
     ordered, index = logp.sort(-1, descending=True)
     likelier = ordered.exp().cumsum(-1) - ordered.exp()  # (B, V) the probability of all likelier tokens
-    keep = likelier < top_p
+    keep = likelier < (top_p if top_p < 1 else math.inf)  # 1 keeps all, whatever the rounding
     if top_k:
         keep[:, top_k:] = False
-    keep[:, 0] = True
     return logp.masked_fill(~keep.gather(-1, index.argsort(-1)), -math.inf)
 
 
@@ -154,35 +154,38 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     get alone, from its own random numbers.
     """
     device, lengths = next(policy.parameters()).device, [len(prompt) for prompt in prompts]
-    B, T = len(prompts), max(lengths) + max_new_tokens
-    if min(lengths) == 0 or T > policy.config.block_size:
-        raise ValueError(f"a prompt is empty, or {T} tokens exceed the context of {policy.config.block_size}")
-    tokens = torch.full((B, T), eos_token)
+    B, T = len(prompts), max(lengths) + max_new_tokens - 1  # T actions at most, which choose tokens[:, 1:]
+    if min(lengths) == 0 or T + 1 > policy.config.block_size:
+        raise ValueError(f"an empty prompt, or {T + 1} tokens exceed the context {policy.config.block_size}")
+    tokens = torch.full((B, T + 1), eos_token)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt)
-    tokens, start = tokens.to(device), torch.tensor(lengths, device=device)
-    stop = start + max_new_tokens  # (B,) each row chooses tokens[start:stop]; smaller once it ends itself
-    positions = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)
-    uniforms = torch.ones(B, T, device=device)  # random numbers in (0, 1] for the tokens that are chosen
-    uniforms.scatter_(1, positions, 1 - torch.rand(positions.shape, generator=generator, device=device))
-    logp = next(policy.parameters()).new_zeros(B, T - 1, policy.config.vocab_size)
+    tokens = tokens.to(device)
+    start = torch.tensor(lengths, device=device) - 1  # (B,) each row's first action
+    stop = start + max_new_tokens  # (B,) one past its last action; sooner once it chooses eos_token
+    logp = next(policy.parameters()).new_zeros(B, T, policy.config.vocab_size)
+
+    # Column t of uniforms is for action t: a row's i-th action gets its i-th number, whatever its neighbours.
+    columns = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)
+    uniforms = torch.ones(B, T, device=device)  # in (0, 1]
+    uniforms.scatter_(1, columns, 1 - torch.rand(columns.shape, generator=generator, device=device))
 
     active = torch.arange(B, device=device)  # the rows in the cache: finished ones are dropped
-    cache, read = policy.kv_cache(T), 0
-    for t in range(min(lengths), T):  # the position to be written
-        logits = policy(tokens[active, read:t], cache)[:, -1]  # (active, V)
-        read = t
+    cache, n_cached = policy.kv_cache(T + 1), 0
+    for t in range(min(lengths) - 1, T):
+        logits = policy(tokens[active, n_cached:t + 1], cache)[:, -1]  # (active, V)
+        n_cached = t + 1
         step_logp = (logits / (temperature or 1)).log_softmax(-1)
-        logp[active, t - 1] = step_logp
+        logp[active, t] = step_logp
         if temperature == 0:
             choice = step_logp.argmax(-1)
         else:
             allowed = truncate(step_logp, top_k, top_p) if top_k or top_p < 1 else step_logp
             choice = draw(allowed, uniforms[active, t])
         acts = (start[active] <= t) & (t < stop[active])  # False inside a prompt and after the end
-        tokens[active, t] = torch.where(acts, choice, tokens[active, t])
+        tokens[active, t + 1] = torch.where(acts, choice, tokens[active, t + 1])
         stop[active] = torch.where(acts & (choice == eos_token), t + 1, stop[active])
-        if t % 4 == 0:  # not at every token, since asking makes a GPU wait
+        if t % 4 == 3:  # not at every token, since asking makes a GPU wait
             unfinished = (t + 1 < stop[active]).nonzero().squeeze(-1)
             if len(unfinished) == 0:
                 break
@@ -191,10 +194,10 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
                 for layer in cache:
                     layer.keep_rows(unfinished)
 
-    T = int(stop.max())
-    position = torch.arange(1, T, device=device)  # of the token that each action chose
-    mask = (position >= start[:, None]) & (position < stop[:, None])
-    return Rollout(tokens[:, :T], mask, logp[:, :T - 1])
+    T = int(stop.max())  # actions of the longest row
+    columns = torch.arange(T, device=device)
+    mask = (columns >= start[:, None]) & (columns < stop[:, None])
+    return Rollout(tokens[:, :T + 1], mask, logp[:, :T])
 
 
 def check_fit(prompts, tokenizer, max_new_tokens, block_size):
@@ -232,7 +235,7 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, policy, tokenizer, **more):
-    """Write what `load_checkpoint` reads. more: `reference`, another policy's state_dict, and plain data."""
+    """Write what `load_checkpoint` reads. more: state_dicts (`reference`: a policy's) and plain data."""
     state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state()}
     write_atomically(path, lambda file: torch.save(state | more, file))
 
@@ -250,9 +253,9 @@ def load_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
-        if tokenizer.vocab_size != config.vocab_size or config.n_layer > len(weights):
+        if tokenizer.vocab_size != config.vocab_size or config.n_layer > len(weights):  # before building them
             raise ValueError("the sizes of the model do not fit its tokenizer or weights")
-        if not math.isfinite(state.get("config", {}).get("temperature", 1.0)):
+        if not math.isfinite(state.get("config", {}).get("temperature", 1.0)):  # at which `main` samples
             raise ValueError("the temperature is not finite")
         policy, reference = GPT(config), GPT(config)
         policy.load_state_dict(weights)
@@ -276,7 +279,7 @@ def load_weights(init, device="cpu"):
         policy, _, tokenizer, _ = load_checkpoint(init, device)
         return policy, tokenizer
     path = Path(init) if Path(init).is_dir() else download_gpt2()
-    policy = GPT.from_gpt2(path)
+    policy = load_gpt2(path)
     if policy.config.vocab_size != 50257:
         raise BadInput(f"{path} has {policy.config.vocab_size} tokens, but the vocabulary of GPT-2 has 50257")
     return policy.to(device), Tokenizer.gpt2()
@@ -302,7 +305,7 @@ def download_gpt2():
 def print_logprobs(rollout, row, reference, tokenizer, temperature):
     """A line per sampled token: its probability under the policy and under the reference."""
     with torch.no_grad():
-        ref_logits = reference(rollout.tokens[row:row + 1, :-1])[0]  # (T-1, V)
+        ref_logits = reference(rollout.tokens[row:row + 1, :-1])[0]  # (T, V)
         ref_logp = (ref_logits / (temperature or 1)).log_softmax(-1)
     steps = rollout.mask[row].nonzero().squeeze(-1)  # (n,)
     actions = rollout.tokens[row, steps + 1]
@@ -339,7 +342,7 @@ def main(argv=None):
     try:
         policy, reference, tokenizer, more = load_checkpoint(args.run)
         if args.export:
-            policy.to_gpt2(args.export, tokenizer.eos_token)
+            save_gpt2(policy, args.export, tokenizer.eos_token)
             return
         temperature = 0 if args.greedy else args.temperature or more.get("config", {}).get("temperature", 1.0)
         generator = torch.Generator().manual_seed(args.seed)

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import math
 import os
-import re
+import shlex
 import sys
 import time
 import zlib
@@ -32,12 +32,12 @@ from algos import (Batch, check_finite, chosen, entropy, fit_critic, gradient_st
                    ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, distinct_n, load_task, score
-from rollout import (Tokenizer, check_fit, is_gpt2, load_checkpoint, load_weights, sample, save_checkpoint,
-                     write_atomically)
+from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, load_checkpoint, load_weights, sample,
+                     save_checkpoint, write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
-# Defaults that differ by advantage, algorithm, task, or weights of --init; of several, the later kind wins.
+# Defaults that differ by advantage, algorithm, task, and weights of --init: the last of these four wins.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
@@ -111,9 +111,8 @@ class Config:
     save_every: int = option(5, "iterations between checkpoints", 1)
 
 
-# Options that come with the weights of --init, and options that do not change what a run is.
+# Options that come with the weights of --init.
 INHERITED = ("tokenizer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "tensorboard", "save_every")
 # The options that make sense beside --resume, --eval and --plot.
 TAKES = {"resume": ("task", "iterations", "save_every", "device", "threads", "tensorboard"),
          "eval": ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads", "dtype"),
@@ -129,10 +128,11 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      usage="python train.py [--OPTION VALUE …]",
                                      argument_default=argparse.SUPPRESS)
-    parser.add_argument("--resume", metavar="RUN", default=None, help="continue a run")
-    parser.add_argument("--eval", metavar="RUN", default=None, help="evaluate a run on its held-out prompts")
-    parser.add_argument("--plot", metavar="RUN", default=None, nargs="+", help="compare finished runs")
-    parser.add_argument("--seeds", metavar="N", default=1, type=int, help="compare N seeds of each --algo")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--resume", metavar="RUN", default=None, help="continue a run")
+    action.add_argument("--eval", metavar="RUN", default=None, help="evaluate a run on its held-out prompts")
+    action.add_argument("--plot", metavar="RUN", default=None, nargs="+", help="compare finished runs")
+    action.add_argument("--seeds", metavar="N", default=1, type=int, help="compare N seeds of each --algo")
     for f in fields(Config):
         others = [f"{kind}: {values[f.name]}" for kind, values in DEFAULTS.items() if f.name in values]
         default = ", ".join([str(f.default), *others])
@@ -150,36 +150,43 @@ def parse(argv):
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     for action, options in TAKES.items():
-        for name in given if getattr(args, action) else ():
-            if name not in options:
-                parser.error(f"--{action} does not take {flag(name)}")
-    run, first, defaults = args.resume or args.eval, Config(**given), {}
-    if run:
-        run = Path(run).resolve()
+        extra = [flag(name) for name in given if name not in options]
+        if getattr(args, action) and extra:
+            parser.error(f"--{action} does not take {extra[0]}")
+    if args.resume or args.eval:
+        run = Path(args.resume or args.eval).resolve()
         try:
             defaults = json.loads((run / "config.json").read_text(encoding="utf-8"))
             defaults |= {"out": str(run.parent), "name": run.name, "overwrite": False}
             config = Config(**defaults | given)
+            other_task = Path(config.task).name != Path(Config(**defaults).task).name
         except (OSError, ValueError, TypeError, RecursionError) as e:
             parser.error(f"{run} is not a run ({type(e).__name__}): give its directory, as in runs/NAME")
         if config.task not in TASKS and "task" not in given:  # a file decides nothing about what is executed
             parser.error(f"{run} uses a task file: add --task {config.task} to execute it")
+        if args.resume and other_task:
+            parser.error(f"{run} was trained on another task than {config.task}: --resume keeps the task")
     else:
-        weights = first.init and ("init gpt2" if is_gpt2(first.init) else "init")
-        for kind in (first.advantage, first.algo, first.task, weights):
+        asked, defaults = Config(**given), {}
+        weights = asked.init and ("init gpt2" if is_gpt2(asked.init) else "init")
+        for kind in (asked.advantage, asked.algo, asked.task, weights):
             defaults |= DEFAULTS.get(kind, {})
-        for name in INHERITED if weights else ():
-            if name in given:
-                parser.error(f"{flag(name)} comes with the weights of --init: leave it out")
+        inherited = [flag(name) for name in given if name in INHERITED]
+        if weights and inherited:
+            parser.error(f"{inherited[0]} comes with the weights of --init: leave it out")
         config = Config(**defaults | given)
-    if args.seeds < 1:
-        parser.error("--seeds must be at least 1")
     check(config, parser)
+    if args.seeds < 1 or is_comparison(config, args) and config.iterations < 1:
+        parser.error("--seeds must be at least 1, and a comparison needs --iterations of at least 1")
     if Path(config.task).is_file():
         config.task = str(Path(config.task).resolve())
     estimator = "" if config.advantage == "gae" else f"-{config.advantage}"
     config.name = config.name or f"{Path(config.task).stem}-{config.algo}{estimator}-{config.seed}"
     return config, args
+
+
+def is_comparison(config, args):
+    return args.seeds > 1 or "," in config.algo
 
 
 def check(config, parser):
@@ -243,18 +250,20 @@ def mixed(config, device, **options):
 def pretrained(config, task, device):
     """The policy that RL starts from, its tokenizer, and {"seconds", "bits_per_byte"} of its pretraining.
 
-    The weights are those of --init or random ones, after pretrain_steps on the task's corpus. They are kept
-    in --out/pretrained for the next run of the same configuration. Raises BadInput.
+    The weights are those of --init, whose sizes config then takes, or random ones, after pretrain_steps on
+    the task's corpus. They are kept in --out/pretrained for the next run that would learn the same. Raises
+    BadInput.
     """
     policy, tokenizer = load_weights(config.init, device) if config.init else (None, None)
     if policy:
         vars(config).update(asdict(policy.config), tokenizer=tokenizer.name)
         if not config.pretrain_steps:
             return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
-    decisive = ("pretrain_seed", "pretrain_steps", "pretrain_batch", "pretrain_lr", "dtype", *INHERITED)
-    key = hashlib.sha256(json.dumps([getattr(config, name) for name in decisive] + [task.corpus]).encode())
-    for tensor in policy.state_dict().values() if policy else ():
-        key.update(tensor.cpu().numpy())
+    relevant = ("pretrain_seed", "pretrain_steps", "pretrain_batch", "pretrain_lr", "dtype", *INHERITED)
+    key = hashlib.sha256(json.dumps([getattr(config, name) for name in relevant] + [task.corpus]).encode())
+    if policy:
+        for tensor in policy.state_dict().values():
+            key.update(tensor.cpu().numpy())
     path = Path(config.out) / "pretrained" / f"{Path(config.task).stem}-{key.hexdigest()[:12]}.pt"
     if path.exists():
         policy, _, tokenizer, more = load_checkpoint(path, device)
@@ -313,16 +322,16 @@ def bits_per_byte(policy, rows, tokenizer, batch_size):
 
 def maximize_likelihood(policy, rows, config, generator):
     """Fit the policy to rows (N, T+1): AdamW with warm-up and linear decay of the learning rate."""
-    (rank, count), lengths, start, total = processes(), (rows >= 0).sum(1), time.perf_counter(), 0.0
-    device, steps = next(policy.parameters()).device, config.pretrain_steps
+    (rank, count), steps, device = processes(), config.pretrain_steps, next(policy.parameters()).device
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    pool = []  # of 8 batches of rows of like length, so that little is computed on padding
+    start, total = time.perf_counter(), 0.0
+    lengths, batches = (rows >= 0).sum(1), []
     for step in range(1, steps + 1):
-        if not pool:
+        if not batches:  # draw 8, of rows of like length each, so that little is computed on padding
             drawn = torch.randint(len(rows), (8 * config.pretrain_batch,), generator=generator)
             drawn = drawn[lengths[drawn].argsort()].view(8, -1)
-            pool = list(drawn[torch.randperm(8, generator=generator)])
-        part = rows[pool.pop().tensor_split(count)[rank]]  # this process's share
+            batches = list(drawn[torch.randperm(8, generator=generator)])
+        part = rows[batches.pop().tensor_split(count)[rank]]  # this process's share
         tokens = (part[:, 1:] >= 0).sum().to(device)
         with mixed(config, device):
             loss = nll(policy, part, "sum") / all_sum(tokens)
@@ -337,25 +346,33 @@ def maximize_likelihood(policy, rows, config, generator):
 
 # Episodes.
 
+@dataclass
+class Episodes:
+    """Completed prompts, and how the policy compares with the reference at each of their T actions."""
+
+    rollout: Rollout
+    completions: list[Text]  # B of them, as a reward gets them
+    logprobs: torch.Tensor  # (B, T) log π(a_t|s_t)
+    ref_logprobs: torch.Tensor  # (B, T) log π_ref(a_t|s_t)
+    kl: torch.Tensor  # (B, T) exact KL(π‖π_ref) at s_t
+    entropy: torch.Tensor  # (B, T) of π(·|s_t)
+
+
 @torch.no_grad()
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """Let the policy complete the prompts, and compare it with the reference at every step.
-
-    Returns the Rollout, its B completions (Text) as a reward gets them, and four (B, T) tensors: log π and
-    log π_ref of the actions, the exact KL(π‖π_ref) and the entropy of π.
-    """
+    """Let the policy complete the prompts, and compare it with the reference. Returns Episodes."""
     with mixed(config, next(policy.parameters()).device):
         rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
                          tokenizer.eos_token, temperature, generator)
         ref_logp = log_probs(reference, rollout.tokens[:, :-1], config.temperature)  # (B, T, V)
     actions, mask = rollout.tokens[:, 1:], rollout.mask  # (B, T)
-    kl, H = kl_divergence(rollout.logp, ref_logp), entropy(rollout.logp)
-    logp, ref_logp = chosen(rollout.logp, actions), chosen(ref_logp, actions)
+    ref_logprobs = chosen(ref_logp, actions)
     length, ended = mask.sum(1), (mask & (actions == tokenizer.eos_token)).any(1)  # (B,)
-    fluency = ref_logp.masked_fill(~mask, 0).sum(1) / length
+    fluency = ref_logprobs.masked_fill(~mask, 0).sum(1) / length
     columns = zip(rollout.completions(tokenizer), length.tolist(), ended.tolist(), fluency.tolist())
     completions = [Text(text, length=n, ended=e, fluency=f) for text, n, e, f in columns]
-    return rollout, completions, logp, ref_logp, kl, H
+    return Episodes(rollout, completions, chosen(rollout.logp, actions), ref_logprobs,
+                    kl_divergence(rollout.logp, ref_logp), entropy(rollout.logp))
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
@@ -367,11 +384,12 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     n = config.batch_size // config.group_size // count
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
-    rollout, completions, logp, ref_logp, kl, H = run_episodes(policy, reference, prompts, tokenizer, config,
-                                                               config.temperature, generators["sample"])
-    obs, actions, mask = rollout.tokens[:, :-1], rollout.tokens[:, 1:], rollout.mask  # (B, T)
-    scores = torch.tensor(score(task.reward, prompts, completions), device=mask.device)  # (B,)
-    rewards = token_rewards(scores, mask, logp, ref_logp, config.kl_coef)
+    episodes = run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
+                            generators["sample"])
+    tokens, mask = episodes.rollout.tokens, episodes.rollout.mask
+    obs, actions = tokens[:, :-1], tokens[:, 1:]  # (B, T)
+    scores = torch.tensor(score(task.reward, prompts, episodes.completions), device=mask.device)  # (B,)
+    rewards = token_rewards(scores, mask, episodes.logprobs, episodes.ref_logprobs, config.kl_coef)
     with torch.no_grad():
         values = critic(obs) if critic else torch.zeros_like(rewards)
     advantages, returns = ADVANTAGES[config.advantage](rewards, values, mask, config)
@@ -379,13 +397,14 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
         advantages = whiten(advantages, mask)
     per_action = lambda x: masked_mean(x, mask).item()
     per_episode = lambda x: all_sum(torch.tensor(fmean(x), device=mask.device)).item() / count
-    stats = {"reward": per_episode(scores.tolist()), "kl": per_action(kl), "entropy": per_action(H),
-             "length": per_episode([c.length for c in completions]),
-             "ended": per_episode([c.ended for c in completions])}
+    stats = {"reward": per_episode(scores.tolist()), "kl": per_action(episodes.kl),
+             "entropy": per_action(episodes.entropy),
+             "length": per_episode([text.length for text in episodes.completions]),
+             "ended": per_episode([text.ended for text in episodes.completions])}
     if critic:
         variance = per_action((returns - per_action(returns)) ** 2)
         stats["explained_variance"] = 1 - per_action((returns - values) ** 2) / max(variance, 1e-8)
-    return Batch(obs, actions, mask, logp, advantages, returns), stats
+    return Batch(obs, actions, mask, episodes.logprobs, advantages, returns), stats
 
 
 def evaluate(task, policy, reference, tokenizer, config):
@@ -399,25 +418,25 @@ def evaluate(task, policy, reference, tokenizer, config):
     check_fit(task.prompts + task.heldout, tokenizer, config.max_new_tokens, policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
 
-    def episodes(prompts, temperature):
+    def complete(prompts, temperature):
         for start in range(0, len(prompts), config.batch_size):
             part = prompts[start:start + config.batch_size]
-            yield part, *run_episodes(policy, reference, part, tokenizer, config, temperature, generator)
+            yield part, run_episodes(policy, reference, part, tokenizer, config, temperature, generator)
 
-    pairs, rewards, metrics, kls, entropies, greedy = [], [], [], [], [], []
+    pairs, rewards, metrics, kl, H, greedy = [], [], [], [], [], []
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
-    for part, rollout, completions, _, _, kl, H in episodes(prompts, config.temperature):
-        pairs += zip(part, completions)
-        rewards += score(task.reward, part, completions)
-        metrics += score(task.metric, part, completions)
-        kls.append(kl[rollout.mask])
-        entropies.append(H[rollout.mask])
-    for part, _, completions, *_ in episodes(task.heldout, 0):
-        greedy += score(task.metric, part, completions)
+    for part, episodes in complete(prompts, config.temperature):
+        pairs += zip(part, episodes.completions)
+        rewards += score(task.reward, part, episodes.completions)
+        metrics += score(task.metric, part, episodes.completions)
+        kl.append(episodes.kl[episodes.rollout.mask])
+        H.append(episodes.entropy[episodes.rollout.mask])
+    for part, episodes in complete(task.heldout, temperature=0):
+        greedy += score(task.metric, part, episodes.completions)
     texts = [completion for _, completion in pairs]
     return {"reward": fmean(rewards), "reward_ci": 1.96 * stdev(rewards) / math.sqrt(len(rewards)),
-            "metric": fmean(metrics), "greedy": fmean(greedy), "kl": torch.cat(kls).mean().item(),
-            "entropy": torch.cat(entropies).mean().item(), "distinct_1": distinct_n(texts, 1),
+            "metric": fmean(metrics), "greedy": fmean(greedy), "kl": torch.cat(kl).mean().item(),
+            "entropy": torch.cat(H).mean().item(), "distinct_1": distinct_n(texts, 1),
             "distinct_2": distinct_n(texts, 2), "length": fmean(text.length for text in texts),
             "ended": fmean(text.ended for text in texts)}, pairs
 
@@ -474,41 +493,38 @@ def restore(parts, saved, path):
         for name, part in parts.items():
             if part:
                 part.load_state_dict(saved[name])
-            for p, state in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
-                if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:  # not checked by Adam
-                    raise ValueError("the optimizer belongs to other weights")
+            if isinstance(part, torch.optim.Optimizer):  # which does not check the shapes itself
+                for p, state in part.state.items():
+                    if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                        raise ValueError("the optimizer belongs to other weights")
         return list(saved["history"]), dict(saved["pretraining"])
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
 
 
-def open_log(run, config, history):
-    """A function that logs a row to metrics.csv, written anew from history, and to TensorBoard if asked."""
-    rank, events = processes()[0], None
-    file = open(run / "metrics.csv" if rank == 0 else os.devnull, "w", encoding="utf-8")
+def log(run, history, events):
+    """Write metrics.csv, a row for each iteration so far, and the last row as TensorBoard events, if any."""
+    rows = [history[0].keys(), *([f"{value:.6g}" for value in row.values()] for row in history)]
+    text = "".join(",".join(row) + "\n" for row in rows)
+    write_atomically(run / "metrics.csv", lambda file: file.write(text.encode()))
+    if events:
+        for name, value in history[-1].items():
+            events.add_scalar(name, value, len(history))
+        events.flush()
 
-    def log(row):
-        if row["iteration"] == 1:
-            print(*row, sep=",", file=file)
-        print(*(f"{value:.6g}" for value in row.values()), sep=",", file=file, flush=True)
-        if events:
-            for name, value in row.items():
-                events.add_scalar(name, value, row["iteration"])
-            events.flush()
 
-    for row in history:
-        log(row)
-    if config.tensorboard and rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        events = SummaryWriter(str(run), purge_step=len(history) + 1)
-    return log
+def open_events(run, done):
+    """A TensorBoard writer that replaces the events after `done` iterations."""
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(run), purge_step=done + 1)
 
 
 def train(config, resume=False):
     """Train one run, or resume it: held-out figures, RL, held-out figures again."""
-    device, (rank, count), run = set_up(config), processes(), Path(config.out) / config.name
+    device, (rank, count) = set_up(config), processes()
+    run = Path(config.out) / config.name
     checkpoint, result = run / "checkpoint.pt", run / "result.json"
-    if run.exists() and not (resume or config.overwrite):
+    if run.exists() and not (resume or config.overwrite and run.is_dir()):
         raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
     task, history = load_task(config.task, config.pretrain_seed), []  # the rows of metrics.csv
     if resume:
@@ -533,12 +549,13 @@ def train(config, resume=False):
             save_checkpoint(checkpoint, policy, tokenizer, reference=reference.state_dict(), **states,
                             config=asdict(config), pretraining=pretraining, history=history)
 
-    if rank == 0:  # the checkpoint goes first and comes last: a run is never half new
-        for old in [result] if resume else [checkpoint, result, *run.glob("events.out.tfevents*")]:
+    if rank == 0:  # delete the old checkpoint first: what it belongs to is replaced
+        events_files = run.glob("events.out.tfevents*")
+        for old in [result] if resume else [checkpoint, result, run / "metrics.csv", *events_files]:
             old.unlink(missing_ok=True)
         write_json(run / "config.json", asdict(config))
     save()
-    log = open_log(run, config, history)
+    events = open_events(run, len(history)) if config.tensorboard and rank == 0 else None
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, {device}, "
           f"{count} process{'es' * (count > 1)} of {torch.get_num_threads()} threads")
@@ -553,7 +570,8 @@ def train(config, resume=False):
         weights = sum(p.detach().sum() for model in (policy, critic) if model for p in model.parameters())
         check_finite(**stats, sum_of_the_weights=weights.item())
         history.append({"iteration": iteration, **stats, "seconds": time.perf_counter() - start})
-        log(history[-1])
+        if rank == 0:
+            log(run, history, events)
         print_iteration(history, config.iterations)
         if iteration % config.save_every == 0 or iteration == config.iterations:
             save()
@@ -574,15 +592,18 @@ def train(config, resume=False):
 def read_run(run):
     """A finished run: (label, result, metrics). metrics: {column: [a value for each iteration]}.
 
-    The label is the run's name without the seed at its end. Raises BadInput.
+    The label is the run's name without its seed at the end. Raises BadInput.
     """
-    run = Path(run)
+    run = Path(run).resolve()
     try:
+        seed = json.loads((run / "config.json").read_text(encoding="utf-8"))["seed"]
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         with open(run / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         metrics = {column: [float(row[column]) for row in rows] for column in rows[0]}
-        return re.sub(r"-\d+$", "", run.resolve().name), result, metrics
+        if not ({"metric", "after", "seconds"} <= {*result} and {"reward", "kl"} <= {*metrics}):
+            raise ValueError("the files are of another program")
+        return run.name.removesuffix(f"-{seed}"), result, metrics
     except (OSError, ValueError, TypeError, LookupError) as e:
         raise BadInput(f"{run} is not a finished run ({type(e).__name__}): give directories as in runs/NAME")
 
@@ -594,7 +615,9 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def interval(values):
     """The mean of independent values and half of its 95% interval, 0 for a single value."""
     n = len(values)
-    return fmean(values), T_QUANTILES[min(n - 1, 9) - 1] * stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    if n == 1:
+        return values[0], 0.0
+    return fmean(values), T_QUANTILES[min(n - 1, 9) - 1] * stdev(values) / math.sqrt(n)
 
 
 def compare(runs, path):
@@ -603,20 +626,20 @@ def compare(runs, path):
     for run in runs:
         label, result, metrics = read_run(run)
         groups.setdefault(label, []).append((result, metrics))
-    names = ("reward", "metric", "greedy", "kl", "entropy", "length", "distinct_2")
+    metric = " or ".join(sorted({result["metric"] for group in groups.values() for result, _ in group}))
+    titles = {"reward": "reward", "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL",
+              "entropy": "entropy", "length": "length", "distinct_2": "distinct pairs"}
 
     def cell(values):
         mean, half = interval(values)
         return f"{mean:.3f}" + f" ± {half:.3f}" * (len(values) > 1)
 
-    metric = " or ".join(sorted({result["metric"] for group in groups.values() for result, _ in group}))
-    titles = ["", "runs", "reward", metric, f"{metric}, greedy", *names[3:], "seconds"]
-    lines = [titles, ["---"] * len(titles)]
+    lines = [["", "runs", *titles.values(), "seconds"], ["---"] * (len(titles) + 3)]
     for label, group in groups.items():
-        figures = [cell([result["after"][name] for result, _ in group]) for name in names]
+        figures = [cell([result["after"][name] for result, _ in group]) for name in titles]
         lines.append([label, str(len(group)), *figures, cell([result["seconds"] for result, _ in group])])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    table += "\n\nMean ± half of the 95% interval over seeds. kl, entropy: nats per token; length: tokens.\n"
+    table += "\n\nMean ± half of the 95% interval over seeds. KL, entropy: nats per token; length: tokens.\n"
     print(f"\n{table}")
     write_atomically(Path(f"{path}.md"), lambda file: file.write(table.encode()))
     drawn = plot(groups, Path(f"{path}.png"))
@@ -645,13 +668,17 @@ def plot(groups, path):
     return True
 
 
+# Options that a run may change between its start and its end.
+INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "tensorboard", "save_every")
+
+
 def is_finished(config):
     """True for a finished run of this Config, False for an interrupted one, None if there is none.
 
     Raises BadInput for a run of that name with other options.
     """
     run = Path(config.out) / config.name
-    if config.overwrite or not run.exists():
+    if config.overwrite or not (run / "checkpoint.pt").exists():
         return None
     _, _, _, saved = load_checkpoint(run)
     ignored = INCIDENTAL + INHERITED * bool(config.init)
@@ -697,7 +724,6 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     config, args = parse(argv)
     run = Path(config.out) / config.name
-    several = args.seeds > 1 or "," in config.algo
     try:
         if args.plot:
             compare(args.plot, Path(config.out) / getattr(args, "name", "plot"))
@@ -707,7 +733,7 @@ def main(argv=None):
             figures, pairs = evaluate(task, policy, reference, tokenizer, config)
             print(*(prompt + completion for prompt, completion in pairs[:6]), sep="\n")
             print_figures(task, after=figures)
-        elif several:
+        elif is_comparison(config, args):
             train_all(argv, config, args)
         else:
             train(config, resume=bool(args.resume))
@@ -718,10 +744,11 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        task = "" if config.task in TASKS else f" --task {config.task}"
-        resume = (run / "checkpoint.pt").exists() and not several
-        print("\ninterrupted: to continue, give " + (f"python train.py --resume {run}{task}" if resume else
-                                                     "the same command again"), file=sys.stderr)
+        command = "the same command again"
+        if (run / "checkpoint.pt").exists() and not is_comparison(config, args):
+            task = [] if config.task in TASKS else ["--task", config.task]
+            command = shlex.join(["python", "train.py", "--resume", str(run), *task])
+        print(f"\ninterrupted: to continue, give {command}", file=sys.stderr)
         return 130
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import algos
 import train
 from algos import Batch, chosen, fisher_vector_product, flatten, log_probs
-from model import GPT, Critic, GPTConfig, gpt2_layout
+from model import GPT, Critic, GPTConfig, transpose_linear
 from reward import TASKS, Task
 from rollout import Tokenizer, sample
 
@@ -229,7 +229,7 @@ def gpt2_of_transformers(policy):
     config = GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                         n_head=c.n_head, bos_token_id=None, eos_token_id=None)
     theirs = GPT2LMHeadModel(config).eval()
-    theirs.load_state_dict(gpt2_layout(policy.state_dict()), strict=False)  # the head is tied
+    theirs.load_state_dict(transpose_linear(policy.state_dict()), strict=False)  # the head is tied
     return theirs
 
 

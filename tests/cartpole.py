@@ -1,7 +1,7 @@
-"""CartPole-v1 through the same algorithms: `python tests/cartpole.py --algo trpo`. They do not know what they train.
+"""CartPole-v1 by the algorithms that train the language models: `python tests/cartpole.py --algo trpo`.
 
-Episodes stand side by side, as completions do: obs (B, T, 4), and a mask that is True until the pole has fallen.
-Dynamics: Barto, Sutton & Anderson 1983, with the constants of gymnasium's CartPole-v1.
+Episodes are the rows of a batch, as completions are: obs (B, T, 4), and a mask that is True until the pole
+has fallen. Dynamics: Barto, Sutton & Anderson 1983, with the constants of gymnasium's CartPole-v1.
 """
 
 import argparse
@@ -20,36 +20,46 @@ from advantage import gae, whiten
 from algos import Batch, chosen, fit_critic, log_probs
 from train import ALGOS
 
-LIMIT = 500  # steps after which an episode is cut, though it would go on
+LIMIT = 500  # the time limit of an episode, steps
+SOLVED = 475  # the mean length of 100 greedy episodes that counts as solved
 
-SOLVED = 475  # steps that a hundred greedy episodes hold on average
-
-CONFIG = dict(episodes=16, iterations=200, gamma=0.99, lam=0.95, temperature=1.0, max_grad_norm=0.5, critic_lr=3e-3, critic_epochs=10,
-              minibatches=8, delta=0.01, cg_iters=10, damping=0.1, fisher_fraction=1.0, backtracks=10, lr=1e-3, clip=0.2, epochs=10,
-              target_kl=0.03)
-OWN = {"reinforce": dict(lr=1e-2), "trpo": {}, "ppo": {}}
+CONFIG = dict(episodes=16, iterations=200, gamma=0.99, lam=0.95, temperature=1.0, max_grad_norm=0.5,
+              critic_lr=3e-3, critic_epochs=10, minibatches=8, delta=0.01, cg_iters=10, damping=0.1,
+              fisher_fraction=1.0, lr=1e-3, clip=0.2, epochs=10, target_kl=0.03)
+OVERRIDES = {"reinforce": dict(lr=1e-2), "trpo": {}, "ppo": {}}
 
 
 def step(state, action):
-    """One step of 0.02 s. state: (B, 4) x, x', θ, θ'.  action: (B,) 0 pushes left, 1 right.  Returns state, fallen (B,)."""
-    x, v, angle, spin = state.unbind(-1)
+    """One step of 0.02 s. state: (B, 4) x, x', θ, θ'.  action: (B,) 0 pushes left, 1 right.
+
+    Returns the next state and fallen (B,) bool.
+    """
+    x, speed, angle, spin = state.unbind(-1)
     gravity, cart, pole, half_length, tau = 9.8, 1.0, 0.1, 0.5, 0.02
     sin, cos, total = angle.sin(), angle.cos(), cart + pole
     push = ((2 * action - 1) * 10.0 + pole * half_length * spin ** 2 * sin) / total
-    spin_up = (gravity * sin - cos * push) / (half_length * (4 / 3 - pole * cos ** 2 / total))
-    speed_up = push - pole * half_length * spin_up * cos / total
-    state = torch.stack([x + tau * v, v + tau * speed_up, angle + tau * spin, spin + tau * spin_up], -1)
+    spin_change = (gravity * sin - cos * push) / (half_length * (4 / 3 - pole * cos ** 2 / total))
+    speed_change = push - pole * half_length * spin_change * cos / total
+    state = torch.stack([x + tau * speed, speed + tau * speed_change,
+                         angle + tau * spin, spin + tau * spin_change], -1)
     return state, (state[:, 0].abs() > 2.4) | (state[:, 2].abs() > math.radians(12))
 
 
 @torch.no_grad()
 def play(policy, episodes, generator, greedy=False):
-    """Episodes from random starts: obs (B, T+1, 4), actions and mask (B, T), and (B,) whether the time limit cut them."""
+    """Episodes from random starts.
+
+    Returns obs (B, T+1, 4), actions and mask (B, T), and cut (B,), True where the time limit ended it.
+    """
     state = torch.rand(episodes, 4, generator=generator, dtype=torch.float64) * 0.1 - 0.05
-    alive, obs, actions, mask = torch.ones(episodes, dtype=torch.bool), [state.float()], [], []
+    alive = torch.ones(episodes, dtype=torch.bool)
+    obs, actions, mask = [state.float()], [], []
     while alive.any() and len(actions) < LIMIT:
         logits = policy(obs[-1])
-        action = logits.argmax(-1) if greedy else logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+        if greedy:
+            action = logits.argmax(-1)
+        else:
+            action = logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
         state, fallen = step(state, action)
         obs.append(state.float())
         actions.append(action)
@@ -75,34 +85,45 @@ class Critic(nn.Module):
         return self.net(obs).squeeze(-1)
 
 
-def held(policy, seed):
-    """Steps that 100 greedy episodes hold on average."""
-    return play(policy, 100, torch.Generator().manual_seed(seed), greedy=True)[2].sum(1).float().mean().item()
+def mean_episode_length(policy, seed):
+    """The mean length of 100 greedy episodes, in steps."""
+    _, _, mask, _ = play(policy, 100, torch.Generator().manual_seed(seed), greedy=True)
+    return mask.sum(1).float().mean().item()
+
+
+def collect(policy, critic, config, generator):
+    """A Batch of sampled episodes."""
+    obs, actions, mask, cut = play(policy, config.episodes, generator)
+    with torch.no_grad():
+        values = critic(obs)  # (B, T+1)
+        logp = chosen(log_probs(policy, obs[:, :-1], config.temperature), actions)
+    bootstrap = values[:, -1] * cut  # a fallen pole earns nothing more; a cut episode would have gone on
+    advantages, returns = gae(mask.float(), values[:, :-1], mask, config.gamma, config.lam, bootstrap)
+    return Batch(obs[:, :-1], actions, mask, logp, whiten(advantages, mask), returns)
 
 
 def learn(algo, seed, show=lambda line: None):
-    """Train until SOLVED by one hundred episodes and, to be sure, by another. Returns (the latter's mean, steps, seconds)."""
-    config = SimpleNamespace(**CONFIG | OWN[algo])
+    """Train until 100 greedy episodes are long enough, and another 100 confirm it.
+
+    Returns the mean length of the latter, the steps of the sampled episodes and the seconds.
+    """
+    config = SimpleNamespace(**CONFIG | OVERRIDES[algo])
     generator = torch.Generator().manual_seed(seed)
     policy, critic = mlp(2, generator), Critic(generator)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr)
     steps, start = 0, time.perf_counter()
     for iteration in range(1, config.iterations + 1):
-        obs, actions, mask, cut = play(policy, config.episodes, generator)
-        with torch.no_grad():
-            values = critic(obs)  # (B, T+1)
-            logp = chosen(log_probs(policy, obs[:, :-1], config.temperature), actions)
-        # An episode that the limit cut would have gone on: its last value stands for what it would still have earned.
-        adv, returns = gae(mask.float(), values[:, :-1], mask, config.gamma, config.lam, bootstrap=values[:, -1] * cut)
-        batch = Batch(obs[:, :-1], actions, mask, logp, whiten(adv, mask), returns)
+        batch = collect(policy, critic, config, generator)
         stats = ALGOS[algo](policy, batch, optimizer, config, generator)
         fit_critic(critic, batch, critic_optimizer, config, generator)
-        steps, greedy = steps + int(mask.sum()), held(policy, 10 ** 6 + seed)
-        show(f"{iteration:3d}  {steps:7,d} steps  sampled {mask.sum(1).float().mean():5.1f}  greedy {greedy:5.1f}  "
-             f"kl {stats['kl_update']:.4f}  {time.perf_counter() - start:.0f} s")
+        steps += int(batch.mask.sum())
+        sampled = batch.mask.sum(1).float().mean()
+        greedy = mean_episode_length(policy, 10 ** 6 + seed)
+        show(f"{iteration:3d}  {steps:7,d} steps  mean episode length: sampled {sampled:5.1f}, "
+             f"greedy {greedy:5.1f}  kl {stats['kl_update']:.4f}  {time.perf_counter() - start:.0f} s")
         if greedy >= SOLVED:
-            greedy = held(policy, 2 * 10 ** 6 + seed)
+            greedy = mean_episode_length(policy, 2 * 10 ** 6 + seed)
             if greedy >= SOLVED:
                 break
     return greedy, steps, time.perf_counter() - start
@@ -114,7 +135,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     greedy, steps, seconds = learn(args.algo, args.seed, lambda line: print(line, flush=True))
-    print(f"{args.algo}: 100 greedy episodes hold {greedy:.1f} steps on average, after {steps:,} steps and {seconds:.0f} s of training")
+    print(f"{args.algo}: mean length of 100 greedy episodes {greedy:.1f}, after {steps:,} steps and "
+          f"{seconds:.0f} s of training")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # Options of a run that takes a second or two on the reviews; later options win.
-TINY = ("--n-layer 1 --n-embd 16 --n-head 2 --pretrain-steps 60 --iterations 2 --batch-size 16 --minibatches 2 "
-        "--eval-episodes 16 --threads 1").split()
+TINY = ("--n-layer 1 --n-embd 16 --n-head 2 --pretrain-steps 60 --iterations 2 --batch-size 16 "
+        "--minibatches 2 --eval-episodes 16 --threads 1").split()
 
 # A task file that is read at once, and options that fit it.
 TASK = """

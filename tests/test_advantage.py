@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from advantage import ADVANTAGES, discounted_returns, gae, group_normalize, leave_one_out, token_rewards, whiten
+from advantage import (ADVANTAGES, discounted_returns, gae, group_normalize, leave_one_out, masked_mean,
+                       token_rewards, whiten)
 
-# Rows of every kind: full, with a prompt before, with filler after, with both, one action, two turns with a gap between.
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0],
-                     [0, 1, 1, 0, 1, 1]]).bool()
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1],  # actions alone
+                     [0, 0, 1, 1, 1, 1],  # after a prompt
+                     [1, 1, 1, 0, 0, 0],  # before padding
+                     [0, 1, 1, 1, 0, 0],  # between the two
+                     [0, 0, 0, 1, 0, 0],  # a single action
+                     [0, 1, 1, 0, 1, 1]]).bool()  # two turns
 
 
 def numbers(seed):
@@ -16,46 +20,45 @@ def numbers(seed):
 
 
 def by_definition(rewards, values, gamma, lam, bootstrap=0.0):
-    """The double sum: A_t = Σ_k (γλ)^k δ_{t+k}, for one episode as a list of its actions."""
+    """The double sum A_t = Σ_k (γλ)^k δ_{t+k} for the actions of one episode (lists)."""
     n = len(rewards)
     v = [*values, bootstrap]
     delta = [rewards[t] + gamma * v[t + 1] - v[t] for t in range(n)]
     return [sum((gamma * lam) ** k * delta[t + k] for k in range(n - t)) for t in range(n)]
 
 
+# Returns and GAE.
+
 @pytest.mark.parametrize("gamma, lam", [(1, 1), (0.9, 1), (1, 0), (0.9, 0.5), (0.97, 0.95), (0, 0.3)])
-@pytest.mark.parametrize("with_bootstrap", [False, True])
-def test_gae_is_the_double_sum_of_its_definition(gamma, lam, with_bootstrap):
+@pytest.mark.parametrize("bootstrap", [None, numbers(2)[:, 0]], ids=["ended", "cut"])
+def test_gae_is_the_double_sum_of_its_definition(gamma, lam, bootstrap):
     rewards, values = numbers(0), numbers(1)
-    bootstrap = numbers(2)[:, 0] if with_bootstrap else None
     advantages, returns = gae(rewards, values, MASK, gamma, lam, bootstrap)
     for b, m in enumerate(MASK):
-        expected = by_definition(rewards[b, m].tolist(), values[b, m].tolist(), gamma, lam, bootstrap[b].item() if with_bootstrap else 0.0)
+        v = values[b, m].tolist()
+        last_value = 0.0 if bootstrap is None else bootstrap[b].item()
+        expected = by_definition(rewards[b, m].tolist(), v, gamma, lam, last_value)
         assert advantages[b, m].tolist() == pytest.approx(expected)
-        assert returns[b, m].tolist() == pytest.approx([a + v for a, v in zip(expected, values[b, m].tolist())])
-    assert (advantages[~MASK] == 0).all() and (returns[~MASK] == 0).all()
+        assert returns[b, m].tolist() == pytest.approx([a + value for a, value in zip(expected, v)])
+    assert (advantages[~MASK] == 0).all()
+    assert (returns[~MASK] == 0).all()
 
 
-def test_gae_worked_example():
-    rewards, mask = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
-    assert gae(rewards, torch.zeros(1, 2), mask, 0.9, 0.5)[0].tolist() == [[1.0, 0.0]]
-    # By hand with γ=0.9, λ=0.5: δ = (1 + 0.9·4 - 2, 3 + 0 - 4) = (2.6, -1), A = (2.6 - 0.45, -1).
-    advantages, returns = gae(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 4.0]]), mask, 0.9, 0.5)
+def test_gae_gives_the_worked_example():
+    """γ = 0.9, λ = 0.5: δ = (1 + 0.9·4 - 2, 3 + 0 - 4) = (2.6, -1), so A = (2.6 - 0.45, -1)."""
+    rewards, values = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 4.0]])
+    advantages, returns = gae(rewards, values, torch.ones(1, 2).bool(), 0.9, 0.5)
     torch.testing.assert_close(advantages, torch.tensor([[2.15, -1.0]]))
     torch.testing.assert_close(returns, torch.tensor([[4.15, 3.0]]))
 
 
-def test_gae_limits():
-    rewards, values, gamma = numbers(0), numbers(1), 0.9
-    monte_carlo, _ = gae(rewards, values, MASK, gamma, 1.0)
-    torch.testing.assert_close(monte_carlo, discounted_returns(rewards, MASK, gamma) - values * MASK)
-    td, _ = gae(rewards, values, MASK, gamma, 0.0)
-    b, t = 3, 1
-    assert td[b, t].item() == pytest.approx((rewards[b, t] + gamma * values[b, t + 1] - values[b, t]).item())
-    assert td[b, 3].item() == pytest.approx((rewards[b, 3] - values[b, 3]).item())  # after the last action nothing is owed
+def test_gae_at_lambda_one_is_the_return_less_the_value():
+    rewards, values = numbers(0), numbers(1)
+    advantages, _ = gae(rewards, values, MASK, 0.9, 1.0)
+    torch.testing.assert_close(advantages, discounted_returns(rewards, MASK, 0.9) - values * MASK)
 
 
-def test_a_bootstrap_is_worth_what_the_rest_of_the_episode_would_have_been():
+def test_a_bootstrap_stands_for_the_rest_of_an_episode():
     rewards, values, mask = numbers(0)[:1], numbers(1)[:1], MASK[:1]
     whole, _ = gae(rewards, values, mask, 0.9, 0.0)
     cut, _ = gae(rewards[:, :4], values[:, :4], mask[:, :4], 0.9, 0.0, bootstrap=values[:, 4])
@@ -63,93 +66,126 @@ def test_a_bootstrap_is_worth_what_the_rest_of_the_episode_would_have_been():
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
-def test_returns_are_the_sum_of_what_comes(gamma):
+def test_a_return_is_the_discounted_sum_of_the_rewards_to_come(gamma):
     rewards = numbers(0)
     returns = discounted_returns(rewards, MASK, gamma)
     for b, m in enumerate(MASK):
         r = rewards[b, m].tolist()
-        assert returns[b, m].tolist() == pytest.approx([sum(gamma ** k * x for k, x in enumerate(r[t:])) for t in range(len(r))])
+        expected = [sum(gamma ** k * x for k, x in enumerate(r[t:])) for t in range(len(r))]
+        assert returns[b, m].tolist() == pytest.approx(expected)
     assert (returns[~MASK] == 0).all()
 
 
-def test_nothing_off_the_mask_is_read():
-    rewards, values, junk = numbers(0), numbers(1), 1e6 * ~MASK
-    for clean, dirty in zip(gae(rewards, values, MASK, 0.9, 0.7), gae(rewards + junk, values - junk, MASK, 0.9, 0.7)):
-        assert torch.equal(clean, dirty)
-    assert torch.equal(discounted_returns(rewards, MASK, 0.9), discounted_returns(rewards + junk, MASK, 0.9))
-    assert torch.equal(whiten(rewards + junk, MASK), whiten(rewards, MASK))
-    nan = torch.full_like(rewards, float("nan")).where(~MASK, rewards)
-    assert all(x.isfinite().all() for x in (*gae(nan, nan, MASK, 0.9, 0.7), discounted_returns(nan, MASK, 0.9), whiten(nan, MASK),
-                                            token_rewards(values[:, 0], MASK, nan, nan, 0.1)))
+def test_gae_is_that_of_stable_baselines3():
+    """Their buffer holds one stream of steps, in which episodes end; each episode is a row of ours."""
+    buffers = pytest.importorskip("stable_baselines3.common.buffers", reason="needs stable-baselines3")
+    spaces = pytest.importorskip("gymnasium").spaces
+    gamma, lam, T, rng = 0.97, 0.9, 40, np.random.default_rng(0)
+    episodes = [(9, "end"), (1, "end"), (12, "time limit"), (7, "time limit"), (6, "end"), (5, "buffer full")]
+    B, longest = len(episodes), 12
+    stream_rewards, stream_values, last_values = rng.normal(size=T), rng.normal(size=T), rng.normal(size=B)
 
+    states, actions = spaces.Box(-1, 1, (1,)), spaces.Discrete(2)
+    theirs = buffers.RolloutBuffer(T, states, actions, gamma=gamma, gae_lambda=lam)
+    rewards, values = torch.zeros(2, B, longest, dtype=torch.float64)
+    mask, bootstrap = torch.zeros(B, longest).bool(), torch.zeros(B, dtype=torch.float64)
+    steps = iter(zip(stream_rewards, stream_values))
+    nothing = np.zeros((1, 1))
+    for b, (length, reason) in enumerate(episodes):
+        if reason != "end":
+            bootstrap[b] = last_values[b]
+        for t in range(length):
+            reward, value = next(steps)
+            mask[b, t], rewards[b, t], values[b, t] = True, reward, value
+            if reason == "time limit" and t == length - 1:  # what their collect_rollouts does there
+                reward += gamma * last_values[b]
+            first = np.array([t == 0])
+            theirs.add(nothing, nothing, np.array([reward]), first, torch.tensor([value]), torch.zeros(1))
+    theirs.compute_returns_and_advantage(torch.tensor([last_values[-1]]), np.array([False]))
+
+    advantages, returns = gae(rewards, values, mask, gamma, lam, bootstrap)
+    for ours, other in [(advantages, theirs.advantages), (returns, theirs.returns)]:
+        other = torch.from_numpy(other[:, 0]).double()
+        torch.testing.assert_close(ours[mask], other, rtol=1e-5, atol=1e-5)
+
+
+# Rewards.
 
 def test_the_score_sits_on_the_last_action():
     scores = torch.arange(1.0, 7.0)
     rewards = token_rewards(scores, MASK, torch.zeros(6, 6), torch.zeros(6, 6), 0.1)
-    last = [5, 5, 2, 3, 3, 5]
-    for b, t in enumerate(last):
-        assert rewards[b].tolist() == [scores[b].item() if s == t else 0.0 for s in range(6)]
+    expected = torch.zeros(6, 6)
+    for b, last in enumerate([5, 5, 2, 3, 3, 5]):
+        expected[b, last] = scores[b]
+    assert torch.equal(rewards, expected)
 
 
-def test_kl_penalty_is_charged_where_the_policy_is_likelier_than_the_reference():
-    logp, ref = numbers(0), numbers(1)
-    rewards = token_rewards(torch.zeros(6, dtype=torch.float64), MASK, logp, ref, 0.3)
-    torch.testing.assert_close(rewards[MASK], 0.3 * (ref - logp)[MASK])
+def test_an_action_pays_where_the_policy_is_likelier_than_the_reference():
+    logp, ref_logp = numbers(0), numbers(1)
+    rewards = token_rewards(torch.zeros(6, dtype=torch.float64), MASK, logp, ref_logp, 0.3)
+    torch.testing.assert_close(rewards[MASK], 0.3 * (ref_logp - logp)[MASK])
     assert (rewards[~MASK] == 0).all()
+
+
+# Means over the actions, and over groups.
+
+def test_masked_mean_is_the_mean_over_the_actions():
+    x = numbers(0)
+    values = [x[b, t].item() for b, t in MASK.nonzero().tolist()]
+    assert masked_mean(x, MASK).item() == pytest.approx(sum(values) / len(values))
 
 
 def test_whiten_uses_the_actions_alone():
     x = numbers(0)
-    y = whiten(x, MASK)
-    assert y[MASK].mean().item() == pytest.approx(0, abs=1e-12) and y[MASK].var(unbiased=False).item() == pytest.approx(1)
     expected = (x[MASK] - x[MASK].mean()) / x[MASK].std(unbiased=False)
-    torch.testing.assert_close(y[MASK], expected)
-    assert (y[~MASK] == 0).all()
-    assert (whiten(torch.full((2, 3), 7.0), torch.ones(2, 3, dtype=torch.bool)) == 0).all()  # no spread, no advantage
+    whitened = whiten(x, MASK)
+    torch.testing.assert_close(whitened[MASK], expected)
+    assert (whitened[~MASK] == 0).all()
 
 
-def test_groups():
+def test_equal_advantages_are_whitened_to_zero():
+    assert (whiten(torch.full((2, 3), 7.0), torch.ones(2, 3).bool()) == 0).all()
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others():
     scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
     assert leave_one_out(scores, 3).tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
-    normal = group_normalize(scores, 3)
-    assert normal[:3].tolist() == pytest.approx([x / (7 ** 0.5 + 1e-4) for x in (-2, -1, 3)])  # variance (4+1+9)/2
-    assert normal[3:].tolist() == [0, 0, 0]
 
 
-def test_what_the_command_line_names():
-    rewards, values = numbers(0) + 1e6 * ~MASK, numbers(1)
-    config = SimpleNamespace(gamma=0.9, lam=0.6, group_size=3)
-    estimate = {name: f(rewards, values, MASK, config) for name, f in ADVANTAGES.items()}
+def test_group_normalize_divides_by_the_groups_standard_deviation():
+    normalized = group_normalize(torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3)
+    deviation = 7 ** 0.5  # of 1, 2, 6, whose mean is 3: variance (4 + 1 + 9) / 2
+    assert normalized[:3].tolist() == pytest.approx([x / (deviation + 1e-4) for x in (-2, -1, 3)])
+    assert normalized[3:].tolist() == [0, 0, 0]
+
+
+# The estimators that the command line names.
+
+CONFIG = SimpleNamespace(gamma=0.9, lam=0.6, group_size=3)
+
+
+def test_each_estimator_is_the_function_of_its_name():
+    rewards, values = numbers(0), numbers(1)
     returns = discounted_returns(rewards, MASK, 0.9)
-    for got, expected in [*zip(estimate["gae"], gae(rewards, values, MASK, 0.9, 0.6)), *zip(estimate["returns"], (returns, returns))]:
-        assert torch.equal(got, expected)
-    totals = torch.stack([rewards[b][m].sum() for b, m in enumerate(MASK)])
-    for name, compare in [("rloo", leave_one_out), ("grpo", group_normalize)]:
-        for b, m in enumerate(MASK):
-            assert estimate[name][0][b].tolist() == pytest.approx([compare(totals, 3)[b].item() if x else 0.0 for x in m])
-            assert estimate[name][1][b].tolist() == pytest.approx([totals[b].item() if x else 0.0 for x in m])
+    totals = torch.stack([rewards[b, m].sum() for b, m in enumerate(MASK)])
+    spread = lambda per_episode: per_episode[:, None].expand(6, 6) * MASK
+    expected = {"gae": gae(rewards, values, MASK, 0.9, 0.6), "returns": (returns, returns),
+                "rloo": (spread(leave_one_out(totals, 3)), spread(totals)),
+                "grpo": (spread(group_normalize(totals, 3)), spread(totals))}
+    assert expected.keys() == ADVANTAGES.keys()
+    for name, estimate in ADVANTAGES.items():
+        for ours, truth in zip(estimate(rewards, values, MASK, CONFIG), expected[name]):
+            torch.testing.assert_close(ours, truth)
 
 
-def test_gae_is_that_of_stable_baselines3():
-    """One environment's stream of steps with ends and time limits in it, in their buffer; each episode a row of ours."""
-    buffers = pytest.importorskip("stable_baselines3.common.buffers", reason="stable-baselines3 is not installed: pip install stable-baselines3")
-    spaces, gamma, lam, T = pytest.importorskip("gymnasium").spaces, 0.97, 0.9, 40
-    rng = np.random.default_rng(0)
-    episodes = [(9, "ended"), (1, "ended"), (12, "time limit"), (7, "time limit"), (6, "ended"), (5, "cut")]  # T steps
-    theirs = buffers.RolloutBuffer(T, spaces.Box(-1, 1, (1,)), spaces.Discrete(2), gamma=gamma, gae_lambda=lam)
-    rewards, values, last_values = rng.normal(size=T), rng.normal(size=T), rng.normal(size=len(episodes))
-    mask, ours = torch.zeros(len(episodes), 12, dtype=torch.bool), torch.zeros(2, len(episodes), 12, dtype=torch.float64)
-    bootstrap, t = torch.zeros(len(episodes), dtype=torch.float64), 0
-    for row, ((length, how), last_value) in enumerate(zip(episodes, last_values)):
-        if how != "ended":
-            bootstrap[row] = last_value
-        for step in range(length):
-            mask[row, step], ours[0, row, step], ours[1, row, step] = True, rewards[t], values[t]
-            # Their collect_rollouts adds γ V(last state) to the reward of a step at the time limit.
-            paid = rewards[t] + gamma * last_value * (how == "time limit" and step == length - 1)
-            theirs.add(np.zeros((1, 1)), np.zeros((1, 1)), np.array([paid]), np.array([step == 0]), torch.tensor([values[t]]), torch.zeros(1))
-            t += 1
-    theirs.compute_returns_and_advantage(torch.tensor([last_values[-1]]), np.array([False]))
-    advantages, returns = gae(*ours, mask, gamma, lam, bootstrap)
-    for mine, other in [(advantages, theirs.advantages), (returns, theirs.returns)]:
-        torch.testing.assert_close(mine[mask], torch.from_numpy(other[:, 0]).double(), rtol=1e-5, atol=1e-5)
+def test_inputs_outside_the_mask_are_ignored():
+    def outputs(rewards, values):
+        yield from (f(rewards, values, MASK, CONFIG) for f in ADVANTAGES.values())
+        yield whiten(rewards, MASK), masked_mean(rewards, MASK)
+        yield token_rewards(torch.ones(6, dtype=torch.float64), MASK, rewards, values, 0.1),
+
+    nan = torch.tensor(float("nan"), dtype=torch.float64)
+    clean = outputs(numbers(0), numbers(1))
+    dirty = outputs(numbers(0).where(MASK, nan), numbers(1).where(MASK, nan))
+    for a, b in zip(clean, dirty):
+        assert all(map(torch.equal, a, b))

@@ -1,35 +1,42 @@
-"""Whatever is wrong with what the user gives: one line that says so, exit status 2, and no file is changed. And nothing is let in."""
+"""Input that cannot be used: exit status 2, a last line that names what is wrong, and no file is changed."""
 
 import io
 import json
+import re
 import shlex
 import shutil
 import socket
 import sys
-from dataclasses import fields
 
 import pytest
 import torch
 
 import rollout
 import train
-from model import GPT, GPTConfig
-from test_comparison import make
-from test_rollout import Malice
-from test_train import TINY, contents
+from helpers import SMALL, TASK, TINY, Malice, contents, task_file
+from model import GPT, GPTConfig, save_gpt2
+
+# Checkpoints that are damaged in one place each; some more follow in the fixture.
+DAMAGED = "torn empty prose list malice wide huge deep vocabulary kind hot odd none".split()
+UNUSABLE_STATES = ["short", "moments"]  # good for sampling, but not for resuming
+CONFIGS = "torn list none unknown malice nested".split()
+TASKS = {"lacks": "prompts = ['a']", "types": TASK + "prompts = 3", "deaf": TASK + "reward = 3",
+         "leaks": TASK + "heldout = prompts", "empty": TASK + "prompts = []", "silent": TASK + "corpus = []",
+         "brief": TASK + "corpus = 'one line'",
+         "wide": TASK + "heldout = ['the ' * 30]", "blank": TASK + "heldout = ['']"}
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """A directory with a good run, and beside it copies that are damaged in one place each; and what else can stand there."""
+    """A directory with a good run, copies of it that are damaged in one place each, and other input."""
     zoo = tmp_path_factory.mktemp("zoo")
-    assert train.main([*TINY, "--out", str(zoo), "--name", "good", "--iterations", "1"]) is None
-    good, cached = zoo / "good", next((zoo / "pretrained").iterdir())
-    state, config = torch.load(good / "checkpoint.pt"), json.loads((good / "config.json").read_text())
-    malice = Malice(zoo / "executed")
+    options = ["--task", str(task_file(zoo)), "--out", str(zoo), "--name", "good", "--iterations", "1"]
+    assert train.main([*TINY, *SMALL, *options]) is None
+    good, malice = zoo / "good", Malice(zoo / "executed")
+    cached, = (zoo / "pretrained").iterdir()
 
     def damaged(name, file, content):
-        """A copy in which the file is other bytes or another object, or lacking (None)."""
+        """A copy of the run in which the file holds other bytes or another object, or is absent (None)."""
         run = shutil.copytree(good, zoo / name)
         (run / file).unlink()
         if isinstance(content, bytes):
@@ -38,136 +45,214 @@ def zoo(tmp_path_factory):
             torch.save(content, run / file)
 
     whole = (good / "checkpoint.pt").read_bytes()
-    tokenizer, moments = state["tokenizer"], state["critic_optimizer"]
+    state = torch.load(good / "checkpoint.pt", weights_only=True)
+    model, tokenizer, adam = state["model"], state["tokenizer"], state["critic_optimizer"]
+    misshapen = {i: {**moments, "exp_avg": torch.zeros(3)} for i, moments in adam["state"].items()}
     for name, content in {
-            "torn": whole[:len(whole) // 2], "empty": b"", "prose": b"it was the best of times", "list": [1, 2], "malice": {**state, "policy": malice},
-            "wide": {**state, "model": {**state["model"], "n_embd": 32}}, "huge": {**state, "model": {**state["model"], "n_embd": 2 ** 40}},
-            "dumb": {**state, "tokenizer": {**tokenizer, "tokens": tokenizer["tokens"][9:]}}, "mute": {**state, "tokenizer": {**tokenizer, "name": "latin"}},
-            "deep": {**state, "model": {**state["model"], "n_layer": 10 ** 9}}, "nan": {**state, "policy": {k: t / 0 for k, t in state["policy"].items()}}, "past": {**state, "iteration": -1},
-            "fast": {**state, "critic_optimizer": {**moments, "state": {i: {**s, "exp_avg": torch.zeros(3)} for i, s in moments["state"].items()}}}, "idle": {**state, "pretraining": {}},
-            "old": {**state, "config": {"no_such_option": 1}}, "hot": {**state, "config": {**config, "temperature": "hot"}}, "odd": {**state, "config": ["temperature"]},
-            "bare": {k: v for k, v in state.items() if k != "config"}, "short": {k: v for k, v in state.items() if k != "optimizer"}, "none": None}.items():
+            "torn": whole[:len(whole) // 2], "empty": b"", "prose": b"it was the best of times",
+            "list": [1, 2], "malice": {**state, "policy": malice}, "none": None,
+            "wide": {**state, "model": {**model, "n_embd": 32}},
+            "huge": {**state, "model": {**model, "n_embd": 2 ** 40}},
+            "deep": {**state, "model": {**model, "n_layer": 10 ** 9}},
+            "vocabulary": {**state, "tokenizer": {**tokenizer, "tokens": tokenizer["tokens"][9:]}},
+            "kind": {**state, "tokenizer": {**tokenizer, "name": "latin"}},
+            "hot": {**state, "config": {"temperature": "hot"}}, "odd": {**state, "config": ["temperature"]},
+            "short": {key: value for key, value in state.items() if key != "optimizer"},
+            "moments": {**state, "critic_optimizer": {**adam, "state": misshapen}}}.items():
         damaged(f"checkpoint-{name}", "checkpoint.pt", content)
-    for name, content in {"torn": b"{", "list": b"[]", "none": None, "unknown": json.dumps({**config, "no_such_option": 1}).encode(),
-                          "type": json.dumps({**config, "lr": "fast"}).encode(), "nan": json.dumps({**config, "lr": float("nan")}).encode(), "malice": malice,
-                          "whole": json.dumps({**config, "batch_size": 16.0}).encode(), "choice": json.dumps({**config, "dtype": "float64"}).encode(), "deep": b"[" * 200_000}.items():
+
+    config = json.loads((good / "config.json").read_text())
+
+    def edited(**values):
+        return json.dumps({**config, **values}).encode()
+
+    for name, content in {
+            "torn": b"{", "list": b"[]", "none": None, "malice": malice, "nested": b"[" * 200_000,
+            "unknown": edited(no_such_option=1), "type": edited(lr="fast"), "nan": edited(lr=float("nan")),
+            "fraction": edited(batch_size=16.5), "choice": edited(dtype="float64"),
+            "range": edited(gamma=7.0)}.items():
         damaged(f"config-{name}", "config.json", content)
-    for name, content in {"none": None, "short": b"", "torn": (good / "metrics.csv").read_bytes().rstrip(b"\n"), "noise": b"\xff\xfe\x00"}.items():
+
+    for name, content in {"none": None, "torn": b"{", "noise": b"\xff\xfe\x00", "void": b"{}"}.items():
+        damaged(f"result-{name}", "result.json", content)
+    for name, content in {"none": None, "empty": b"", "words": b"iteration,reward\n1,one\n",
+                          "torn": b"iteration,reward,kl\n1,2\n"}.items():
         damaged(f"metrics-{name}", "metrics.csv", content)
-    (zoo / "thesis.csv").write_text("years of work\n" * 9)
-    damaged("metrics-link", "metrics.csv", None)
-    (zoo / "metrics-link" / "metrics.csv").symlink_to(zoo / "thesis.csv")
-    # Weights to start from, and pretraining that was cut short.
-    GPT(GPTConfig(300, 16, 1, 2, 8)).to_gpt2(zoo / "gpt2-small", 299)
-    shutil.copytree(zoo / "gpt2-small", zoo / "gpt2-torn")
+
+    save_gpt2(GPT(GPTConfig(300, 16, 1, 2, 8)), zoo / "gpt2-small", 299)
+    for name in ("torn", "malice", "absent"):
+        shutil.copytree(zoo / "gpt2-small", zoo / f"gpt2-{name}")
     (zoo / "gpt2-torn" / "config.json").write_text("{")
-    (zoo / "gpt2-malice").mkdir()
-    shutil.copy(zoo / "gpt2-small" / "config.json", zoo / "gpt2-malice")
+    for path in [*(zoo / "gpt2-malice").glob("model*"), *(zoo / "gpt2-absent").glob("*model*")]:
+        path.unlink()
     torch.save({"transformer.wte.weight": malice}, zoo / "gpt2-malice" / "pytorch_model.bin")
-    for name, suffix, content in [("cache-torn", ".pt", cached.read_bytes()[:1000]), ("cache-malice", ".pt", malice), ("part-torn", ".part", b"x"), ("part-malice", ".part", malice)]:
-        path = (zoo / name / "pretrained" / cached.name).with_suffix(suffix)
+
+    for name, content in {"torn": cached.read_bytes()[:1000], "malice": malice}.items():
+        path = zoo / f"cache-{name}" / "pretrained" / cached.name
         path.parent.mkdir(parents=True)
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        run = shutil.copytree(good, zoo / name / "young")
-        (run / "checkpoint.pt").unlink()
-    # Runs to compare.
-    for name in ("one", "cut", "mad", "void", "nan", "other", "rowless", "listed", "steep", "named"):
-        make(zoo / name, 0, [] if name == "rowless" else [1.0, 2.0], after=1.0, **({"task": "hello"} if name == "other" else {}))
-    (zoo / "cut" / "result.json").unlink()
-    (zoo / "mad" / "metrics.csv").write_text("iteration,reward\n1,one\n")
-    (zoo / "void" / "result.json").write_text("{}")
-    (zoo / "nan" / "metrics.csv").write_text("reward,kl,kl_update,seconds\nnan,0,0,1\n")
-    (zoo / "listed" / "config.json").write_text("[]")
-    (zoo / "steep" / "metrics.csv").write_text("iteration,reward,kl,kl_update,seconds\n1,1e308,0,0,1\n2,1e308,0,0,1\n")
-    (zoo / "named" / "result.json").write_text((zoo / "named" / "result.json").read_text().replace('"grammatical"', "5"))
-    shutil.copytree(good, zoo / "mixed")
-    (zoo / "cut.md").mkdir()
-    (zoo / "taken-trpo-0").mkdir()
-    for name in ("notes.md", "photo.png", "file", "thesis/chapter1.txt", "mixed/chapter2.txt"):
-        (zoo / name).parent.mkdir(exist_ok=True)
+
+    for name, source in TASKS.items():
+        task_file(zoo, source, f"{name}.py")
+    for name in ("folder.md", "thesis"):
+        (zoo / name).mkdir()
+    for name in ("file", "thesis/chapter1.txt"):
         (zoo / name).write_text("years of work")
-    # Tasks.
-    task = "corpus = ['the cat sat', 'the dog sat'] * 30\nprompts, heldout = ['the cat'], ['the dog']\ndef reward(p, c): return len(c)\n"
-    for name, source in {"syntax": "def", "raises": task + "[][1]", "bytes": "\udcff", "lacks": "prompts = ['a']", "types": task + "prompts = 3", "deaf": task + "reward = 3",
-                         "leaks": task + "heldout = prompts", "quits": task + "raise SystemExit"}.items():
-        (zoo / f"{name}.py").write_bytes(source.encode(errors="surrogateescape"))
     return zoo
 
 
-CASES = [
-    # Options of train.py.
-    ("--task chess", "chess"), ("--task", "--task"), ("--algo dqn", "dqn"), ("--algo trpo,", "--algo"), ("--algo trpo,dqn", "dqn"), ("--advantage magic", "magic"), ("--advantage rloo --group-size 1", "--group-size"),
-    ("--name a/b", "--name"), ("--name ..", "--name"), ("--name pretrained", "--name"), ("--name " + "x" * 300, "--name"), ("--out /proc/nowhere", "--out"), ("--out file", "file"),
-    ("--name thesis --overwrite", "thesis"), ("--name mixed --overwrite", "chapter2.txt"), ("--name 'a\nb/c'", "--name"), ("--name file --overwrite", "file"), ("--name good", "--resume"), ("--overwrite yes", "yes"), ("--seed -1", "--seed"), 
-    ("--device cuda:77", "cuda:77"), ("--device toaster", "toaster"), ("--device meta", "meta"), ("--threads -1", "--threads"), ("--dtype float16", "float16"),
-    ("--tensorboard 1", "1"), ("--pretrain-seed -1", "--pretrain-seed"), ("--tokenizer words", "words"), ("--vocab-size 256", "--vocab-size"), ("--block-size 8", "context"), ("--block-size 1", "--block-size"),
-    ("--block-size 1000000000 --n-embd 1000000000", "memory"), ("--n-layer 0", "--n-layer"), ("--n-head 3", "--n-head"), ("--n-head 0", "--n-head"), ("--n-embd 0", "--n-embd"), ("--pretrain-steps -1", "--pretrain-steps"),
-    ("--pretrain-batch 0", "--pretrain-batch"), ("--pretrain-lr nan", "--pretrain-lr"), ("--iterations -1", "--iterations"), ("--iterations many", "--iterations"), ("--iterations 1.5", "--iterations"),
-    ("--batch-size 0", "--batch-size"), ("--batch-size 18", "--group-size"), ("--group-size 0", "--group-size"), ("--max-new-tokens 64", "context"), ("--max-new-tokens 0", "--max-new-tokens"),
-    ("--temperature 0", "--temperature"), ("--kl-coef -1", "--kl-coef"), ("--gamma 1.1", "--gamma is 1.1"), ("--gamma -0.1", "--gamma"), ("--lam 2", "--lam"), ("--lam nan", "--lam"), ("--whiten 2", "--whiten"),
-    ("--lr -1", "--lr"), ("--lr inf", "--lr"), ("--max-grad-norm -1", "--max-grad-norm"), ("--epochs 0", "--epochs"), ("--minibatches 17", "--minibatches"), ("--clip -1", "--clip"), ("--clip 1e39", "--clip"), ("--target-kl -1", "--target-kl"),
-    ("--delta -1", "--delta"), ("--cg-iters 0", "--cg-iters"), ("--damping -1", "--damping"), ("--fisher-fraction 0", "--fisher-fraction"), ("--fisher-fraction 1.5", "--fisher-fraction"),
-    ("--backtracks -1", "--backtracks"), ("--critic-lr x", "--critic-lr"), ("--critic-epochs 0", "--critic-epochs"), ("--eval-episodes 1", "--eval-episodes"), ("--save-every 0", "--save-every"),
-    ("--unknown 1", "--unknown"), ("--iter 3", "--iter"), ("stray", "stray"), ("--seeds 0", "--seeds"), ("--seeds many", "--seeds"), ("--seeds 2 --iterations 0", "--iterations"),
-    ("--seeds 2 --name taken", "taken-trpo-0"), ("--algo ppo,trpo --lr -1", "--lr"),
-    *((f"--{f.name.replace('_', '-')} {10 ** 400}", "a number from") for f in fields(train.Config) if f.type is int),
-    # Task files.
-    *((f"--task {name}.py", f"{name}.py") for name in ("syntax", "raises", "bytes", "lacks", "types", "deaf", "leaks", "quits")),
-    # Weights to start from.
-    ("--init ''", "--init"), ("--init nowhere", "nowhere"), ("--init good --overwrite --name good", "--init starts from"), ("--init good --n-layer 2", "--n-layer"), ("--init gpt2", "gpt2"), ("--init gpt2-small", "300 tokens"),
-    ("--init gpt2-torn", "config.json"), ("--init gpt2-malice", "pytorch_model.bin"), *((f"--init checkpoint-{name}", "checkpoint.pt") for name in ("torn", "malice", "none")), ("--tokenizer gpt2", "vocabulary"),
-    ("--out cache-torn", ".pt"), ("--out cache-malice", ".pt"),
-    # Runs to go on with.
-    ("--resume", "--resume"), ("--resume nowhere", "nowhere"), ("--resume thesis", "thesis"), ("--resume good", "--iterations"), ("--resume good --iterations 0", "--iterations"), ("--resume good --lr 0.1", "--lr"),
-    ("--resume good --task hello", "reviews"), ("--resume part-malice/young", ".part"), ("--resume part-torn/young", ".part"), ("--resume cache-malice/young", ".pt"),
-    *((f"--resume checkpoint-{name} --iterations 3", "checkpoint-") for name in ("torn", "empty", "prose", "list", "malice", "wide", "huge", "dumb", "mute", "deep", "nan", "past", "fast", "idle", "short")),
-    *((f"--resume config-{name} --iterations 3", f"config-{name}") for name in ("torn", "list", "none", "unknown", "malice", "deep")), ("--resume config-nan --iterations 3", "--lr"),
-    ("--resume config-type --iterations 3", "--lr"), ("--resume config-whole --iterations 3", "--batch-size"), ("--resume config-choice --iterations 3", "--dtype"),
-    *((f"--resume metrics-{name} --iterations 3", "metrics.csv") for name in ("none", "short", "torn", "link", "noise")),
-    # Runs to look at.
-    ("--eval", "--eval"), ("--eval nowhere", "no checkpoint"), ("--eval ''", "no checkpoint"), ("--eval good --eval-episodes 1", "--eval-episodes"), ("--eval good --lr 1", "--lr has no meaning"),
-    ("--eval good --temperature 0", "--temperature"), ("--eval good --task chess", "chess"), ("--eval good --max-new-tokens 99", "context"),
-    *((f"--eval checkpoint-{name}", f"checkpoint-{name}") for name in ("torn", "malice", "old", "hot", "odd", "nan", "bare", "none")),
-    # Runs to compare.
-    ("--plot", "--plot"), ("--plot nowhere", "nowhere"), *((f"--plot {name}", name) for name in ("cut", "rowless", "mad", "void", "listed", "nan", "config-malice")), ("--plot one other", "different tasks"),
-    ("--plot one one", "same seed"), ("--plot one --lr 1", "--lr"), ("--plot one --seeds 2", "--seeds"), ("--plot one --name a/b", "--name"), ("--plot one --name cut", "cut.md"), ("--plot one --name notes", "notes.md"), ("--plot one --name photo", "photo.png"), ("--plot config-deep", "config-deep"), ("--plot steep", "steep"), ("--plot named", "named"),
-    # rollout.py.
-    *((f"rollout good --prompt the {options}", "") for options in ("-n 0", "-n 99999999999999", "-n x", "--temperature -1", "--temperature 0", "--temperature nan", "--greedy --temperature 1", "--what", "--max-new-tokens 99",
-                                                                     "--max-new-tokens 0", "--seed -1", "--top-k -1", "--top-k many", "--top-p 0", "--top-p 1.5", "--top-p nan", "--export=", "--export file", "--logprobs 1")),
-    ("rollout good --prompt ''", "empty"), ("rollout good --prompt " + 80 * "zq", "context"), ("rollout", "run"), ("rollout nowhere --prompt the", "nowhere"), ("rollout good < \udcff\udcfe\n", "UTF-8"),
-    *((f"rollout checkpoint-{name} --prompt the", "checkpoint.pt") for name in ("torn", "empty", "prose", "list", "malice", "wide", "huge", "dumb", "mute", "deep", "nan", "hot", "odd", "none")),
-]
+# Commands and, where it is not a command's first word, what the last line of stderr must hold. Those of a new
+# run follow the options of a tiny one on mine.py.
+CASES = """
+    --unknown 1 ; stray ; --iter 3 => --iter ; --iterations many ; --overwrite yes => yes ; --seed -1
+    --gamma 1.1 ; --lr nan ; --dtype float16 ; --algo dqn => dqn ; --task chess => chess
+    --batch-size 18 => --group-size ; --advantage rloo --group-size 1 => --group-size ; --name a/b
+    --name good => --resume good ; --max-new-tokens 64 => context ; --out file/below => file
+    --task lacks.py => does not define heldout, reward
+    --init nowhere => nowhere ; --init gpt2-torn => gpt2-torn ; --init good --n-layer 2 => --n-layer
+    --resume nowhere => nowhere ; --resume good --task mine.py => --iterations ; --resume good => --task
+    --resume checkpoint-torn --task mine.py --iterations 3 => checkpoint-torn
+    --resume checkpoint-malice --task mine.py --iterations 3 => checkpoint-malice
+    --resume config-torn => config-torn
+    --eval good --task mine.py --lr 1 => --lr
+    --plot metrics-words => metrics-words ; --plot result-none => result-none
+    rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere
+    rollout checkpoint-malice => checkpoint.pt
+"""
+MORE = """
+    --task ; --task '' => no task ; --algo trpo, => --algo ; --algo trpo,dqn => dqn ; --advantage magic
+    --name .. ; --name pretrained ; --out /proc/nowhere => /proc/nowhere ; --seed 1.5 ; --seeds 0
+    --seeds many ; --pretrain-seed -1 ; --device cuda:77 => cuda:77 ; --device toaster => toaster
+    --device meta => meta ; --threads -1 ; --threads 9999 ; --tensorboard 1 => 1 ; --tokenizer words
+    --tokenizer gpt2 => GPT-2 ; --vocab-size 256 ; --block-size 1 ; --block-size 12 => context
+    --n-layer 0 ; --n-head 0 ; --n-head 3 ; --n-embd 0 ; --n-embd 17 ; --pretrain-steps -1
+    --pretrain-batch 0 ; --pretrain-lr nan ; --pretrain-lr -1 ; --iterations -1 ; --iterations 1.5
+    --batch-size 0 ; --batch-size 1 --group-size 1 => --minibatches ; --group-size 0 ; --group-size 5
+    --max-new-tokens 0 ; --temperature 0 ; --temperature inf ; --kl-coef -1 ; --gamma -0.1 ; --gamma nan
+    --lam 2 ; --lam nan ; --whiten 2 ; --whiten yes ; --lr -1 ; --lr inf ; --lr x ; --max-grad-norm -1
+    --epochs 0 ; --minibatches 0 ; --minibatches 17 ; --clip -1 ; --clip 1e39 ; --target-kl -1
+    --delta -1 ; --cg-iters 0 ; --damping -1 ; --fisher-fraction 0 ; --fisher-fraction 1.5 ; --critic-lr x
+    --critic-lr -1 ; --critic-epochs 0 ; --eval-episodes 1 ; --save-every 0 ; --lr
+    --seed 99999999999999999999 ; --iterations 99999999999999999999 ; --batch-size 99999999999999999999
+    --algo ppo,trpo --lr -1 => --lr ; --seeds 2 --batch-size 18 => --group-size
+    --advantage grpo --group-size 1 ; --seeds 2 --name folder --n-head 3 => --n-head
+    --out cache-torn => .pt ; --out cache-malice => .pt
+    --init gpt2 => GPT-2 ; --init gpt2-small => 300 tokens ; --init gpt2-malice => gpt2-malice
+    --init gpt2-absent => neither ; --init good --tokenizer bpe => --tokenizer
+    --init good --block-size 9 => --block-size ; --init thesis => thesis ; --init file => file
+    --resume ; --resume thesis => thesis ; --resume file => file ; --resume good --lr 0.1 => --lr
+    --resume good --task mine.py --iterations 0 => --iterations
+    --resume good --seeds 2 --task mine.py => --resume ; --resume good --overwrite => --overwrite
+    --resume good --task mine.py --save-every 0 => --save-every
+    --resume config-type --task mine.py --iterations 3 => --lr
+    --resume config-nan --task mine.py --iterations 3 => --lr
+    --resume config-fraction --task mine.py --iterations 3 => --batch-size
+    --resume config-choice --task mine.py --iterations 3 => --dtype
+    --eval config-range --task mine.py => --gamma ; --eval ; --eval nowhere => nowhere
+    --eval good => --task ; --eval good --task mine.py --seed 3 => --seed
+    --eval good --task mine.py --eval-episodes 1 => --eval-episodes ; --eval good --task chess => chess
+    --eval good --task mine.py --temperature 0 => --temperature
+    --eval good --task mine.py --max-new-tokens 99 => context
+    --plot ; --plot nowhere => nowhere ; --plot good nowhere => nowhere ; --plot good --lr 1 => --lr
+    --plot good --name a/b => --name ; --plot good --name folder => folder.md
+    --plot good --seed 1 => --seed ; --plot result-torn => result-torn
+    --plot result-noise => result-noise ; --plot metrics-none => metrics-none
+    --plot metrics-empty => metrics-empty ; --plot metrics-torn => metrics-torn
+    --plot config-none => config-none ; --plot good thesis => thesis ; --plot result-void => result-void
+    --plot good --seeds 2 => --seeds ; --resume good --eval good => --eval ; --algo trpo,ppo --iterations 0 => --iterations
+    --seeds 2 --iterations 0 ; --resume good --task hello --iterations 3 => hello
+    --name file --overwrite => --name
+    rollout => run ; rollout good --what => --what ; rollout good --prompt '' => empty
+    rollout good stray => stray ; rollout good --prompt zqzqzqzqzqzqzqzqzqzqzqzqzqzqzqzq => context
+    rollout good --prompt the -n x => -n ; rollout good --prompt the -n 99999999999 => -n
+    rollout good --prompt the --temperature -1 => --temperature
+    rollout good --prompt the --temperature 0 => --temperature
+    rollout good --temperature nan => --temperature ; rollout good --greedy --temperature 1 => --greedy
+    rollout good --max-new-tokens 0 => --max-new-tokens
+    rollout good --prompt the --max-new-tokens 99 => context ; rollout good --seed -1 => --seed
+    rollout good --top-k -1 => --top-k ; rollout good --top-k many => --top-k
+    rollout good --top-p 0 => --top-p ; rollout good --top-p 1.5 => --top-p
+    rollout good --top-p nan => --top-p ; rollout good --logprobs 1 => 1
+    rollout good --export file => file ; rollout good --export => --export ; rollout thesis => thesis
+    rollout good < \udcff\udcfe => utf-8 ; rollout gpt2-small --prompt the => checkpoint.pt
+    rollout file => file
+"""
+REASONS = {"lacks": "does not define", "types": "prompts must be", "deaf": "must be functions",
+           "leaks": "heldout", "empty": "at least one text", "silent": "two texts", "brief": "two texts",
+           "wide": "context", "blank": "empty"}
+
+
+def cases(text):
+    """[(command, what the last line must hold)]."""
+    found = []
+    for line in text.strip().splitlines():
+        for case in line.strip().split(" ; "):
+            command, _, says = case.partition(" => ")
+            found.append((command, says or command.split()[0]))
+    return found
+
+
+SLOW = cases(MORE) + [(f"--task {name}.py", reason) for name, reason in REASONS.items()]
+for state in DAMAGED + UNUSABLE_STATES:
+    SLOW.append((f"--resume checkpoint-{state} --task mine.py --iterations 3", f"checkpoint-{state}"))
+for state in DAMAGED:
+    SLOW.append((f"--eval checkpoint-{state} --task mine.py", f"checkpoint-{state}"))
+    SLOW.append((f"--init checkpoint-{state}", f"checkpoint-{state}"))
+    SLOW.append((f"rollout checkpoint-{state} --prompt the", f"checkpoint-{state}"))
+for state in CONFIGS:
+    SLOW.append((f"--resume config-{state} --iterations 3", f"config-{state}"))
+ALL = [pytest.param(*case, id=case[0]) for case in cases(CASES)]
+ALL += [pytest.param(*case, id=case[0], marks=pytest.mark.slow) for case in SLOW]
 
 
 @pytest.fixture
-def alone(zoo, monkeypatch):
-    """In the zoo, and without a network."""
-    def offline(*args, **kwargs):
+def offline(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
         raise ConnectionError("no network")
-    monkeypatch.setattr(socket.socket, "connect", offline)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/proc/nowhere")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(zoo / "nothing"))
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tokens"))
+
+
+@pytest.mark.parametrize("command, says", ALL)
+def test_bad_input(zoo, offline, capsys, monkeypatch, command, says):
     monkeypatch.chdir(zoo)
-
-
-@pytest.mark.parametrize("command, says", CASES, ids=lambda text: text[:60])
-def test_bad_input(zoo, alone, capsys, monkeypatch, command, says):
     command, _, given = command.partition(" < ")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode(errors="surrogateescape"))))
+    stdin = io.TextIOWrapper(io.BytesIO(given.encode(errors="surrogateescape")), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
     words = shlex.split(command)
-    if not {"rollout", "--out", "--eval", "--resume"} & {*words}:
-        words += ["--out", "."]
-    before, folders = contents(zoo), sorted(map(str, zoo.rglob("*")))
     if words[0] == "rollout":
-        status = rollout.main(words[1:])
+        program, main, words = "rollout.py", rollout.main, words[1:]
     else:
-        status = train.main(words if {"--resume", "--eval", "--plot", "--init"} & {*words} else [*TINY, *words])
+        program, main = "train.py", train.main
+        if not {"--resume", "--eval"} & {*words}:
+            words = ["--out", ".", *words]
+            if "--plot" not in words:
+                words = ["--task", "mine.py", *words]
+            if not {"--plot", "--init"} & {*words}:
+                words = [*TINY, *SMALL, *words]
+    monkeypatch.setattr(sys, "argv", [program])
+
+    files, paths = contents(zoo), {*zoo.rglob("*")}
+    try:
+        status = main(words)
+    except SystemExit as e:  # argparse's
+        status = e.code
     err = capsys.readouterr().err
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
-    assert contents(zoo) == before and sorted(map(str, zoo.rglob("*"))) == folders
+    assert status == 2
+    assert re.fullmatch(rf"error: .*\n|usage: python {program} .*\n{program}: error: .*\n", err)
+    assert says in err.splitlines()[-1]
+    assert contents(zoo) == files
+    assert {*zoo.rglob("*")} == paths
 
 
-def test_the_table_has_every_option():
-    text = " ".join(command for command, _ in CASES)
-    flags = ["--eval", "--plot", "--resume", "--seeds", *(f"--{name.replace('_', '-')}" for name in train.Config.__dataclass_fields__)]
-    assert [flag for flag in flags if f"{flag} " not in text] == []
+@pytest.mark.parametrize("main, prefix", [(train.main, ""), (rollout.main, "rollout")])
+def test_every_option_occurs_in_the_table(capsys, main, prefix):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    options = re.findall(r"^  (--?[a-z][\w-]*)", capsys.readouterr().out, re.M)
+    table = {word for command, _ in cases(CASES) + SLOW for word in command.split()
+             if command.startswith("rollout") == bool(prefix)}
+    assert len(options) > 9
+    assert {*options} - {"-h"} <= table

@@ -1,45 +1,50 @@
 import pytest
 import torch
 
-import cartpole
-from cartpole import LIMIT, SOLVED, learn, play, step
+from cartpole import ALGOS, LIMIT, SOLVED, learn, play, step
+
+QUICKEST = ("reinforce", 1)  # to be solved
+LEARNERS = [pytest.param(algo, seed, marks=() if (algo, seed) == QUICKEST else pytest.mark.slow)
+            for algo in ALGOS for seed in range(5)]
 
 
-def test_dynamics_are_gymnasiums():
-    gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install gymnasium")
+def test_the_dynamics_are_those_of_gymnasium():
+    gymnasium = pytest.importorskip("gymnasium", reason="needs gymnasium")
     env, generator, falls = gymnasium.make("CartPole-v1").unwrapped, torch.Generator().manual_seed(0), 0
-    env.reset(seed=0)
     for start in range(40):
+        env.reset(seed=start)
         state = torch.rand(1, 4, generator=generator, dtype=torch.float64) * 0.1 - 0.05
-        env.reset()
         env.state = state[0].numpy().copy()
-        for t in range(LIMIT):  # pushed at random, or nearly always to one side: it falls, or leaves
-            action = torch.rand(1, generator=generator) < (0.5, 0.95, 0.05, 0.48)[start % 4]
+        push_right = (0.5, 0.95, 0.05, 0.48)[start % 4]  # at random it falls, mostly to one side it leaves
+        for t in range(LIMIT):
+            action = torch.rand(1, generator=generator) < push_right
             state, fallen = step(state, action.long())
             _, reward, terminated, _, _ = env.step(int(action))
-            torch.testing.assert_close(state[0], torch.tensor(env.state, dtype=torch.float64), rtol=0, atol=1e-9)
-            assert reward == 1.0 and terminated == bool(fallen)
+            expected = torch.tensor(env.state, dtype=torch.float64)
+            torch.testing.assert_close(state[0], expected, rtol=0, atol=1e-9)
+            assert reward == 1.0
+            assert terminated == bool(fallen)
             if terminated:
                 falls += 1
                 break
     assert falls == 40
 
 
-class Constant(torch.nn.Module):
-    """Always left, or always towards the side to which the pole leans and turns."""
-
-    def __init__(self, balance):
-        super().__init__()
-        self.balance = balance
-
-    def forward(self, obs):
-        lean = obs @ torch.tensor([0.1, 0.3, 3.0, 1.0]) if self.balance else -torch.ones(obs.shape[:-1])
-        return torch.stack([-lean, lean], -1)
+def always_left(obs):
+    return torch.tensor([1.0, -1.0]).expand(*obs.shape[:-1], 2)
 
 
-def test_episodes_end_where_the_pole_falls():
-    obs, actions, mask, cut = play(Constant(balance=False), 20, torch.Generator().manual_seed(0), greedy=True)
-    assert obs.shape == (20, mask.shape[1] + 1, 4) and actions.shape == mask.shape and not cut.any() and not actions.any()
+def balance(obs):
+    """Push to the side to which the pole leans and turns."""
+    lean = obs @ torch.tensor([0.1, 0.3, 3.0, 1.0])
+    return torch.stack([-lean, lean], -1)
+
+
+def test_an_episode_ends_where_the_pole_falls():
+    obs, actions, mask, cut = play(always_left, 20, torch.Generator().manual_seed(0), greedy=True)
+    assert obs.shape == (20, mask.shape[1] + 1, 4)
+    assert actions.shape == mask.shape
+    assert not cut.any() and not actions.any()
     for b in range(20):
         T = int(mask[b].sum())
         assert mask[b, :T].all() and 7 < T < 12
@@ -50,13 +55,14 @@ def test_episodes_end_where_the_pole_falls():
             assert fallen == (t == T - 1)
 
 
-def test_the_time_limit_cuts_what_would_go_on():
-    _, _, mask, cut = play(Constant(balance=True), 20, torch.Generator().manual_seed(0), greedy=True)
-    assert mask.shape == (20, LIMIT) and mask.all() and cut.all()
+def test_the_time_limit_cuts_an_episode_that_would_go_on():
+    _, _, mask, cut = play(balance, 20, torch.Generator().manual_seed(0), greedy=True)
+    assert mask.shape == (20, LIMIT)
+    assert mask.all() and cut.all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("algo", cartpole.ALGOS)
+@pytest.mark.parametrize("algo, seed", LEARNERS)
 def test_every_algorithm_balances_the_pole(algo, seed):
-    greedy, steps, _ = learn(algo, seed)
-    assert greedy >= SOLVED and steps < 200_000
+    length, steps, _ = learn(algo, seed)
+    assert length >= SOLVED
+    assert steps < 200_000

@@ -1,10 +1,14 @@
-"""Two processes with half of the batch each do what one does with all of it. `torchrun` starts this very file."""
+"""Several processes, each with a part of the batch, do what one does with all of it.
+
+torchrun starts this file: `test_distributed.py FOLDER [OPTIONS of train.py]`.
+"""
 
 import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,88 +16,200 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from advantage import processes, whiten
+import train
+from advantage import all_sum, masked_mean, processes, whiten
 from algos import Batch, chosen, fisher_vector_product, fit_critic, flatten, log_probs, ppo, reinforce, trpo
+from helpers import ROOT, SMALL, TINY, rows, task_file
 from model import GPT, Critic, GPTConfig
-from test_train import FILE, TINY, rows, task_file
+from reward import Task
+from rollout import Tokenizer
 
-ROOT, B, T = Path(__file__).parent.parent, 12, 7
-SETTINGS = dict(temperature=0.9, max_grad_norm=0.1, clip=0.01, epochs=3, minibatches=6, target_kl=0.01, delta=0.01, cg_iters=10, damping=0.1,
-                fisher_fraction=0.1, backtracks=10, critic_epochs=2)
+B, T, V, TEMPERATURE = 12, 7, 11, 0.9
+SIZES = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=8)
+CONFIG = dict(temperature=TEMPERATURE, max_grad_norm=0.1, clip=0.01, epochs=3, target_kl=0.01, delta=0.01,
+              cg_iters=10, damping=0.1, critic_epochs=2)
+WHOLE = dict(minibatches=1, fisher_fraction=1.0)
+PARTS = dict(minibatches=2, fisher_fraction=0.4)
 
 
-def generator():
-    return torch.Generator().manual_seed(5)
+def generator(seed=5):
+    return torch.Generator().manual_seed(seed)
 
 
-def results():
-    """What every update makes of the same B episodes, of which this process has its share."""
-    from types import SimpleNamespace
-    config, shape = SimpleNamespace(**SETTINGS), GPTConfig(11, 8, 1, 2, 8)
-    policy = GPT(shape, generator()).double()
+def rand(*shape):
+    return torch.randn(shape, generator=generator(), dtype=torch.float64)
+
+
+def make_policy():
+    policy = GPT(SIZES, generator()).double()
     for p in policy.parameters():
-        p.data += 0.3 * torch.randn(p.shape, generator=generator(), dtype=torch.float64)
-    tokens = torch.randint(11, (B, T + 1), generator=generator())
-    length = torch.randint(1, T + 1, (B, 1), generator=generator())
-    mask, noise = torch.arange(T) < length, torch.randn(B, T, generator=generator(), dtype=torch.float64)
-    logp = chosen(log_probs(policy, tokens[:, :-1], 0.9), tokens[:, 1:]).detach() + 0.02 * noise.sin()
+        p.data += 0.3 * rand(*p.shape)
+    return policy
+
+
+def my_batch(policy):
+    """This process's rows of a batch of B episodes."""
+    tokens = torch.randint(V, (B, T + 1), generator=generator())
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator())
+    noise = rand(B, T)
+    obs, actions = tokens[:, :-1], tokens[:, 1:]
+    logp = chosen(log_probs(policy, obs, TEMPERATURE), actions).detach()
+    whole = Batch(obs, actions, mask, logp + 0.02 * noise.sin(), 2 * noise + 1, noise)
     rank, count = processes()
-    mine = slice(rank * B // count, (rank + 1) * B // count)
-    advantages = whiten(noise[mine] * 2 + 1, mask[mine])
-    batch = Batch(tokens[mine, :-1], tokens[mine, 1:], mask[mine], logp[mine], advantages, noise[mine])
-    product = fisher_vector_product(policy, batch, 0.9)
-    vector = torch.randn(sum(p.numel() for p in policy.parameters()), generator=generator(), dtype=torch.float64)
-    found = {"fisher": product(vector)}
+    mine = whole.rows(slice(rank * B // count, (rank + 1) * B // count))
+    mine.advantages = whiten(mine.advantages, mine.mask)
+    return mine
+
+
+def update_results(choice, random_numbers):
+    """What each update adds to the weights, and its diagnostics."""
+    policy, results = make_policy(), {}
+    batch, config = my_batch(policy), SimpleNamespace(**CONFIG | choice)
     for update in (reinforce, ppo, trpo, fit_critic):
-        model = copy.deepcopy(policy) if update is not fit_critic else Critic(shape, policy).double()
+        model = Critic(SIZES, policy).double() if update is fit_critic else copy.deepcopy(policy)
         before = flatten(model.parameters()).detach()
-        stats = update(model, batch, torch.optim.SGD(model.parameters(), 1.0), config, generator())
-        found[update.__name__] = flatten(model.parameters()).detach() - before
-        stats.pop("kl_update") if update is reinforce else None  # which looks at a part of the episodes only
-        found[f"{update.__name__}, said"] = torch.tensor([float(v) for v in stats.values()], dtype=torch.float64)
-    return found
+        stats = update(model, batch, torch.optim.SGD(model.parameters(), 1.0), config, random_numbers())
+        results[update.__name__] = flatten(model.parameters()).detach() - before
+        diagnostics = torch.tensor(list(map(float, stats.values())), dtype=torch.float64)
+        results[f"{update.__name__}, diagnostics"] = diagnostics
+    return results
 
 
-def torchrun(*command, count=2, **kwargs):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *map(str, command)], text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, **kwargs)
+def summed():
+    """A sum over processes, this process's number after it, and the sum's gradient by that number."""
+    x = torch.tensor(processes()[0] + 1.0, requires_grad=True)
+    total = all_sum(x)
+    total.backward()
+    return total.item(), x.item(), x.grad.item()
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_shared_batch_is_one_batch(tmp_path, count):
-    done = torchrun(__file__, tmp_path, count=count)
-    assert done.returncode == 0, done.stderr
-    ranks, alone = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)], results()
-    for name, value in alone.items():
-        assert value.norm() > 1e-6
+def whole_batch_results():
+    policy = make_policy()
+    batch = my_batch(policy)
+    vector = rand(sum(p.numel() for p in policy.parameters()))
+    return update_results(WHOLE, generator) | {
+        "mean": masked_mean(batch.returns, batch.mask),
+        "fisher": fisher_vector_product(policy, batch, TEMPERATURE)(vector)}
+
+
+def collected():
+    """This process's episodes of an iteration, and the statistics of all processes' episodes."""
+    text = "the cat sat on the mat and the dog sat on the log"
+    task = Task([text], text.split(), ["x"], lambda prompt, completion: len(completion), len)
+    tokenizer = Tokenizer.learn([text], 260)
+    policy = GPT(GPTConfig(tokenizer.vocab_size, 16, 1, 2, 8), generator())
+    config = train.Config(batch_size=32, group_size=2, max_new_tokens=8, advantage="returns")
+    generators = train.random_generators(seed=0, iteration=1, device="cpu")
+    batch, stats = train.collect(task, policy, policy, None, tokenizer, config, generators)
+    return {"prompts": batch.obs[:, 0], "actions": batch.actions, "mask": batch.mask, "stats": stats}
+
+
+def torchrun(*command, count=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return subprocess.run([*launcher, *map(str, command)], text=True, capture_output=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def load_results(folder, count):
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+def check_ranks(ranks):
+    n = len(ranks)
+    assert [rank["summed"] for rank in ranks] == [(n * (n + 1) / 2, i + 1, 1) for i in range(n)]
+    for name, truth in whole_batch_results().items():
+        assert truth.norm() > 1e-6
         for rank in ranks:
-            torch.testing.assert_close(rank[name], value, rtol=1e-7, atol=1e-8, msg=lambda m: f"{name}: {m}")
-            assert torch.equal(rank[name], ranks[0][name]), name  # to the bit, or they would drift apart
+            torch.testing.assert_close(rank["whole"][name], truth, rtol=1e-7, atol=1e-8,
+                                       msg=lambda message: f"{name}: {message}")
+    for kind in ("whole", "parts"):
+        for name, value in ranks[0][kind].items():  # to the bit, or the processes would drift apart
+            assert all(torch.equal(rank[kind][name], value) for rank in ranks), (kind, name)
 
 
-SHARED = [*TINY, "--pretrain-steps", "210", "--save-every", "2"]
-
-
-def test_a_run_of_two_processes(tmp_path):
-    for name, iterations in (("whole", 4), ("cut", 2)):
-        done = torchrun(ROOT / "train.py", *SHARED, "--out", tmp_path, "--name", name, "--iterations", iterations)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("everything is in") == 1 and "2 processes" in done.stdout
-    done = torchrun(ROOT / "train.py", "--resume", tmp_path / "cut", "--iterations", 4)
+@pytest.mark.slow
+def test_four_processes_take_the_step_of_one(tmp_path):
+    done = torchrun(__file__, tmp_path, count=4)
     assert done.returncode == 0, done.stderr
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole") and len(rows(tmp_path / "whole")) == 4
-    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.json", "metrics.csv", "checkpoint.pt", "result.json"}
-    alone = subprocess.run([sys.executable, ROOT / "train.py", "--resume", tmp_path / "cut", "--iterations", "5"], capture_output=True, text=True)
-    assert alone.returncode == 2 and "2 processes" in alone.stderr
+    check_ranks(load_results(tmp_path, 4))
 
 
-def test_a_process_that_dies_ends_the_job(tmp_path):
-    file = task_file(tmp_path, FILE.replace("    return len", "    if len(calls) > 30 and os.environ['RANK'] == '1':\n        os._exit(7)\n    return len").replace("import random", "import os"))
-    done = torchrun(ROOT / "train.py", *SHARED, "--task", file, "--out", tmp_path, "--iterations", 500, "--max-new-tokens", 8, "--vocab-size", 270, "--block-size", 32)
-    assert done.returncode != 0 and "exitcode  : 7" in done.stderr
+# Of each process: 16 calls in the evaluation before RL, 8 in each iteration. Call 40 is in the third.
+FRAGILE_TASK = """
+import os
+
+corpus = ["the cat sat on the mat.", "the dog sat on the log."] * 30
+prompts, heldout = ["the cat", "the dog"], ["the"]
+calls = []
+
+def reward(prompt, completion):
+    calls.append(completion)
+    if "RANK_THAT_DIES" in os.environ and os.environ["RANK"] == os.environ["RANK_THAT_DIES"]:
+        if len(calls) == 40:
+            os._exit(7)
+    return len(completion) / 10
+
+def metric(prompt, completion):
+    return 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """(folder, task, job): of two processes that saved their results, trained a run, and died in another."""
+    folder = tmp_path_factory.mktemp("job")
+    task = task_file(folder, FRAGILE_TASK)
+    options = [*TINY, *SMALL, "--out", folder, "--task", task, "--iterations", 4, "--save-every", 2]
+    return folder, task, torchrun(__file__, folder, *options)
+
+
+def test_two_processes_take_the_step_of_one(job):
+    folder, _, done = job
+    assert (folder / "1.pt").exists(), done.stderr
+    check_ranks(load_results(folder, 2))
+
+
+def test_processes_draw_episodes_of_their_own_and_share_statistics(job):
+    ranks = [rank["collected"] for rank in load_results(job[0], 2)]
+    first, second = ranks
+    assert len(first["prompts"]) == len(second["prompts"]) == 16
+    assert first["prompts"].tolist() != second["prompts"].tolist()
+    columns = min(first["actions"].shape[1], second["actions"].shape[1])
+    assert not torch.equal(first["actions"][:, :columns], second["actions"][:, :columns])
+    assert first["stats"] == second["stats"]
+    lengths = [length for rank in ranks for length in rank["mask"].sum(1).tolist()]
+    assert first["stats"]["length"] == pytest.approx(sum(lengths) / 32)
+
+
+def test_a_process_that_dies_ends_the_job_and_the_run_can_be_resumed(job):
+    folder, task, dead = job
+    assert dead.returncode != 0
+    assert "exitcode  : 7" in dead.stderr
+    assert len(rows(folder / "cut")) == 2
+    assert not (folder / "cut" / "result.json").exists()
+
+    resumed = torchrun(ROOT / "train.py", "--resume", folder / "cut", "--task", task)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "2 processes" in resumed.stdout
+    assert resumed.stdout.count("everything is in") == 1  # one process prints for all
+    assert len(rows(folder / "whole")) == 4
+    assert rows(folder / "cut") == rows(folder / "whole")
+    files = {"config.json", "metrics.csv", "checkpoint.pt", "result.json"}
+    for run in ("cut", "whole"):
+        assert {path.name for path in (folder / run).iterdir()} == files
+
+
+def main(folder, *options):
+    dist.init_process_group("gloo")
+    rank, _ = processes()
+    torch.save({"whole": whole_batch_results(), "parts": update_results(PARTS, lambda: generator(rank)),
+                "collected": collected(), "summed": summed()}, Path(folder) / f"{rank}.pt")
+    if options:
+        assert train.main([*options, "--name", "whole"]) is None
+        os.environ["RANK_THAT_DIES"] = "1"
+        train.main([*options, "--name", "cut"])
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    torch.save(results(), Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    main(*sys.argv[1:])

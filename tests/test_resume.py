@@ -1,197 +1,243 @@
-"""Nothing is lost: runs that are stopped, killed or out of disk go on as if nothing had been."""
+"""A run that was stopped, killed or out of disk space continues as if nothing had happened, to the bit."""
 
+import importlib
+import itertools
 import json
 import multiprocessing
+import os
 import random
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 import train
+from helpers import ROOT, SMALL, TINY, rows, task_file
 from rollout import load_checkpoint
-from test_train import FILE, TINY, task_file
 
-ROOT = Path(__file__).parent.parent
-SMALL = [*TINY, "--save-every", "3", "--iterations", "12"]  # later options win
+# Of twelve iterations; a checkpoint follows every third.
+OPTIONS = [*TINY, *SMALL, "--pretrain-steps", "10", "--iterations", "12", "--save-every", "3"]
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """A process that has imported everything and run nothing, to fork from: a start takes milliseconds."""
+def context():
+    """Starts processes that are forked from one in which everything is imported, within milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo"])  # which an optimizer imports at its first step
+    context.set_forkserver_preload(["train", "torch._dynamo"])  # an optimizer imports the latter
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # where it finds what to import
-        context.Process(target=int).start()
+        patch.setenv("PYTHONPATH", str(ROOT))
+        first = context.Process(target=int)
+        first.start()
+        first.join()
     return context
+
+
+def command(out, *options):
+    return [*OPTIONS, "--task", str(out / "mine.py"), "--out", str(out), *map(str, options)]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-def go(out, *options):
-    return train.main([*SMALL, "--out", str(out), *map(str, options)])
+    """A directory of runs with the pretrained weights for all of them."""
+    out = tmp_path_factory.mktemp("runs")
+    task_file(out)
+    assert train.main(command(out, "--iterations", 0, "--name", "pretrained-only")) is None
+    return out
 
 
 def resume(run, *options):
-    return train.main(["--resume", str(run), *map(str, options)])
-
-
-def rows(run):
-    """The lines of metrics.csv without their time."""
-    return [line.rpartition(",")[0] for line in (run / "metrics.csv").read_text().splitlines()]
+    return ["--resume", str(run), "--task", str(run.parent / "mine.py"), *map(str, options)]
 
 
 def outcome(run):
-    """Everything that a run leaves behind, but for times and its name."""
+    """All that a run leaves but times: metrics, figures, weights, and the state of both optimizers."""
     policy, reference, _, more = load_checkpoint(run)
     result = json.loads((run / "result.json").read_text())
-    weights = [t.tolist() for t in (*policy.parameters(), *reference.parameters(), *more["critic"].values())]
-    return rows(run), weights, {k: v for k, v in result.items() if "seconds" not in k}, more["iteration"]
+    states = [policy.state_dict(), reference.state_dict(), more["critic"]]
+    states += [state for name in ("optimizer", "critic_optimizer") for state in more[name]["state"].values()]
+    tensors = [tensor.tolist() for state in states for tensor in state.values()]
+    return rows(run), tensors, result["before"], result["after"], len(more["history"])
 
 
-def start(out, *options):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--out", out, *map(str, options)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def uninterrupted(out):
+    """The outcome of whole runs by algorithm."""
+    runs = {}
+
+    def get(algo):
+        if algo not in runs:
+            assert train.main(command(out, "--algo", algo, "--name", f"{algo}-whole")) is None
+            runs[algo] = outcome(out / f"{algo}-whole")
+        return runs[algo]
+    return get
 
 
-def wait_for(process, condition):
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+def main_with_signal(argv, number, function, count, stderr):
+    """train.main in a process that sends itself a signal at the count-th call of a function."""
+    module, _, name = function.rpartition(".")
+    module, calls = importlib.import_module(module), itertools.count(1)
+    original = getattr(module, name)
+
+    def with_signal(*args, **kwargs):
+        if next(calls) == count:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(module, name, with_signal)
+    with open(stderr, "w", encoding="utf-8") as sys.stderr:
+        sys.exit(train.main(argv))
 
 
-@pytest.mark.parametrize("algo, number, code", [("reinforce", signal.SIGINT, 130), ("ppo", signal.SIGTERM, 143), ("trpo", signal.SIGTERM, 143)])
-def test_a_stopped_run_goes_on_bit_for_bit(out, algo, number, code):
-    go(out, "--algo", algo, "--name", f"{algo}-whole")
-    run = out / f"{algo}-cut"
-    process = start(out, "--algo", algo, "--name", run.name, "--iterations", 5000)
-    wait_for(process, lambda: (run / "metrics.csv").exists() and len(rows(run)) > 4)
-    process.send_signal(number)
-    stdout, stderr = process.communicate()
-    done = len(rows(run)) - 1
-    assert process.returncode == code and not stderr
-    assert stdout.endswith(f"stopped after iteration {done}: python train.py --resume {run} goes on\n") and load_checkpoint(run)[3]["iteration"] == done
-    whole = 12
-    if done >= 12:  # a slow look at a fast run
-        whole = done + 3
-        assert resume(out / f"{algo}-whole", "--iterations", whole) is None
-    assert resume(run, "--iterations", whole) is None
-    assert outcome(run) == outcome(out / f"{algo}-whole")
+@pytest.fixture
+def interrupt(context, tmp_path_factory):
+    """Runs train.main with a signal at the count-th call of a function. Returns its exit code and stderr."""
+    def run(argv, number, function, count):
+        stderr = tmp_path_factory.mktemp("stderr") / "stderr"
+        process = context.Process(target=main_with_signal, args=(argv, number, function, count, stderr))
+        process.start()
+        process.join()
+        return process.exitcode, stderr.read_text(encoding="utf-8")
+    return run
 
 
-def test_more_iterations_are_what_one_longer_run_would_have_been(out):
-    go(out, "--name", "six", "--iterations", 6)
-    assert resume(out / "six", "--iterations", 12, "--save-every", 2) is None
-    go(out, "--name", "twelve")
-    assert outcome(out / "six") == outcome(out / "twelve")
-    assert json.loads((out / "six" / "config.json").read_text())["iterations"] == 12
+@pytest.mark.parametrize("algo, function, count", [
+    ("reinforce", "train.collect", 9),
+    ("ppo", "train.fit_critic", 8),
+    ("trpo", "torch.save", 4),  # while it writes the checkpoint of iteration 9
+])
+def test_a_killed_run_equals_an_uninterrupted_one(out, interrupt, uninterrupted, algo, function, count):
+    run = out / f"{algo}-killed"
+    argv = command(out, "--algo", algo, "--name", run.name)
+    assert interrupt(argv, signal.SIGKILL, function, count) == (-signal.SIGKILL, "")
+    assert len(load_checkpoint(run)[3]["history"]) == 6
+    assert 6 < len(rows(run)) <= 6 + 3  # what is repeated is at most the interval between checkpoints
+    assert train.main(resume(run)) is None
+    assert outcome(run) == uninterrupted(algo)
 
 
-def test_a_finished_run_that_goes_on_is_no_longer_finished(out, processes):
-    go(out, "--name", "longer", "--iterations", 3)
+def test_more_iterations_equal_one_longer_run(out, uninterrupted):
     run = out / "longer"
-    process = processes.Process(target=train.main, args=(["--resume", str(run), "--iterations", "5000"],))
-    process.start()
-    while len(rows(run)) < 6:
-        assert process.is_alive()
-        time.sleep(0.01)
-    before = (run / "config.json").read_bytes()
-    for options in (["--resume", run, "--iterations", 7777], [*TINY, "--out", out, "--name", "longer", "--overwrite"]):
-        assert train.main([*map(str, options)]) == 2  # it is at work
-    process.kill()
-    process.join()
-    assert (run / "config.json").read_bytes() == before and json.loads(before)["iterations"] == 5000
-    assert not (run / "result.json").exists() and train.main(["--plot", str(run)]) == 2
+    assert train.main(command(out, "--algo", "ppo", "--name", run.name, "--iterations", 5)) is None
+    assert train.main(resume(run, "--iterations", 12, "--save-every", 2)) is None
+    assert outcome(run) == uninterrupted("ppo")
+    assert json.loads((run / "config.json").read_text())["iterations"] == 12
 
 
-def test_stopped_in_pretraining(tmp_path):
-    long = ("--pretrain-steps", 500, "--iterations", 2)
-    process = start(tmp_path, *long)
-    wait_for(process, lambda: list(tmp_path.glob("pretrained/*.part")))
-    process.terminate()
-    stdout, stderr = process.communicate()
-    assert process.returncode == 143 and not stderr and "stopped at step" in stdout
-    run = tmp_path / "reviews-trpo-0"
-    assert resume(run) is None
-    assert [p.suffix for p in (tmp_path / "pretrained").iterdir()] == [".pt"]
-    go(tmp_path / "whole", *long)
-    assert outcome(run) == outcome(tmp_path / "whole" / run.name)
+def test_a_resumed_run_is_finished_only_at_its_end(out, interrupt):
+    run = out / "extended"
+    assert train.main(command(out, "--name", run.name, "--iterations", 3)) is None
+    assert (run / "result.json").exists()
+    interrupt(resume(run, "--iterations", 6), signal.SIGKILL, "train.collect", 2)
+    assert not (run / "result.json").exists()
+    assert train.main(["--plot", str(run)]) == 2
+    assert train.main(resume(run)) is None  # to the six iterations that were asked for
+    assert len(rows(run)) == 6
+    assert (run / "result.json").exists()
 
 
-def test_killed_at_fifty_moments(tmp_path, processes):
-    """kill -9 at random: no run is lost, no more than an interval repeated, and metrics.csv is whole in the end."""
-    task = ["--task", str(task_file(tmp_path, FILE))]  # which is there at once
-    options = [*TINY, *task, *"--block-size 24 --max-new-tokens 12 --iterations 60 --save-every 4 --pretrain-steps 500 --pretrain-batch 8 --algo reinforce".split()]
+def test_ctrl_c_prints_the_command_that_continues(out, interrupt, uninterrupted):
+    run = out / "interrupted"
+    argv = command(out, "--algo", "ppo", "--name", run.name)
+    status, err = interrupt(argv, signal.SIGINT, "train.collect", 8)
+    assert status == 130
+    command_line = f"python train.py --resume {run} --task {out / 'mine.py'}"
+    assert err == f"\ninterrupted: to continue, give {command_line}\n"
+    assert train.main(err.split("train.py ")[1].split()) is None
+    assert outcome(run) == uninterrupted("ppo")
 
-    def begin(*argv):
-        process = processes.Process(target=train.main, args=(argv,))
+
+def test_ctrl_c_in_pretraining_or_a_comparison_asks_for_the_same_command(out, tmp_path, interrupt):
+    again = "\ninterrupted: to continue, give the same command again\n"
+    task_file(tmp_path)
+    for options, function in [((), "train.maximize_likelihood"), (("--seeds", 2), "train.fit_critic")]:
+        argv = command(tmp_path, "--iterations", 1, *options)
+        assert interrupt(argv, signal.SIGINT, function, 1) == (130, again)
+        assert train.main(argv) is None
+
+
+def test_sigterm_ends_a_run_that_resumes(out, interrupt, uninterrupted):
+    run = out / "terminated"
+    argv = command(out, "--algo", "reinforce", "--name", run.name)
+    assert interrupt(argv, signal.SIGTERM, "train.collect", 5) == (-signal.SIGTERM, "")
+    assert train.main(resume(run)) is None
+    assert outcome(run) == uninterrupted("reinforce")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path, interrupt, uninterrupted):
+    task_file(tmp_path)
+    run, argv = tmp_path / "run", command(tmp_path, "--algo", "ppo", "--name", "run")
+    interrupt(argv, signal.SIGKILL, "train.gradient_step", 5)  # in pretraining
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    interrupt(argv, signal.SIGKILL, "torch.save", 2)  # after config.json was written
+    assert (run / "config.json").exists() and not (run / "checkpoint.pt").exists()
+    assert train.main(argv) == train.main(resume(run)) == 2
+    assert train.main([*argv, "--overwrite"]) is None
+    assert outcome(run) == uninterrupted("ppo")
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_survives_kills_at_random_moments(tmp_path, context, kills):
+    rng, task = random.Random(0), ["--task", str(task_file(tmp_path))]
+    argv = command(tmp_path, "--algo", "reinforce", "--iterations", 40, "--save-every", 4, "--name", "run")
+    whole, run = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+
+    def start(*argv):
+        process = context.Process(target=train.main, args=([*map(str, argv)],))
         process.start()
         return process
-    started = time.monotonic()
-    begin(*options, "--out", str(tmp_path / "whole"), "--name", "run").join()
-    whole, rng, kills, seen = time.monotonic() - started, random.Random(0), 0, set()
-    run, done, finished = tmp_path / "cut" / "run", 0, False
-    while kills < 50:
-        if finished:  # a new one, with new weights to begin with
-            shutil.rmtree(tmp_path / "cut")
-            done, finished = 0, False
-        process = begin("--resume", str(run), *task) if run.exists() else begin(*options, "--out", str(run.parent), "--name", "run")
-        process.join(rng.uniform(0, whole / 3))
+
+    began = time.monotonic()
+    start(*argv, "--out", whole.parent).join()
+    seconds = time.monotonic() - began
+    killed = done = 0
+    while killed < kills or not (run / "result.json").exists():
+        if (run / "result.json").exists():  # begin another run, with its pretraining
+            shutil.rmtree(run.parent)
+            done = 0
+        if (run / "checkpoint.pt").exists():
+            process = start("--resume", run, *task)
+        else:
+            process = start(*argv, "--out", run.parent, "--overwrite")
+        process.join(rng.uniform(0, seconds / 3) if killed < kills else None)
         if process.is_alive():
             process.kill()
             process.join()
-            kills += 1
+            killed += 1
         else:
             assert process.exitcode == 0
-            finished = True
-            assert rows(run) == rows(tmp_path / "whole" / "run")
-        part, saved = list(tmp_path.glob("cut/pretrained/*.part")), (run / "checkpoint.pt").exists()
-        seen.add("finished" if finished else "saved" if saved else "half pretrained" if part else "begun" if run.exists() else "nothing yet")
-        if saved:
-            saved = load_checkpoint(run)[3]["iteration"]
-            written = (run / "metrics.csv").read_text().count("\n") - 1
-            assert saved >= done and saved <= written <= saved + 4
+            assert outcome(run) == outcome(whole)
+        if (run / "checkpoint.pt").exists():
+            saved = len(load_checkpoint(run)[3]["history"])
+            assert done <= saved  # no checkpoint is lost
             done = saved
-    assert {"finished", "saved", "half pretrained", "begun"} <= seen
-    assert finished or resume(run, *task) is None
-    assert outcome(run) == outcome(tmp_path / "whole" / "run")
+        if (run / "metrics.csv").exists():
+            assert len(rows(run)) <= done + 4  # what is repeated is at most the interval between checkpoints
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
-def test_a_full_disk(tmp_path, capsys):
-    """Where nothing more can be written the run ends, and goes on from the last whole checkpoint when there is room."""
-    import resource
-    go(tmp_path, "--name", "whole")
-    go(tmp_path, "--name", "cut", "--iterations", 3)
-    run, long = tmp_path / "cut", tmp_path / "long"
+def test_a_full_disk_ends_a_run_that_resumes(out, uninterrupted, capsys):
+    """A limit on the size of files stands for it."""
+    run = out / "full"
+    assert train.main(command(out, "--algo", "ppo", "--name", run.name, "--iterations", 3)) is None
     limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), (run / "checkpoint.pt").stat().st_size
 
-    def out_of_room(room, *options):
-        before = (run / "checkpoint.pt").read_bytes()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    def limited(argv, size):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
-            status = train.main([*map(str, options)])
+            assert train.main(argv) == 2
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         err = capsys.readouterr().err
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "free some space" in err
-        assert (run / "checkpoint.pt").read_bytes() == before and json.loads((run / "config.json").read_text())
-        assert not [path for path in tmp_path.rglob("*.part") if path.parent.name != "pretrained"]
-        return err
+        assert err.startswith("error: cannot write ") and err.count("\n") == 1 and "free some space" in err
+        assert not list(out.rglob("*.part"))
 
-    capsys.readouterr()
-    assert str(run / "checkpoint.pt") in out_of_room(size - 1, "--resume", run, "--iterations", 12)  # a checkpoint does not fit
-    assert len(rows(run)) == 1 + 6 and load_checkpoint(run)[3]["iteration"] == 3
-    room = (run / "config.json").stat().st_size + 99
-    assert f"no room to write in {run}" in out_of_room(room, "--resume", run, "--iterations", 12, "--save-every", 99)  # a row does not
-    assert not (run / "metrics.csv").read_text().endswith("\n")  # it is torn
-    assert resume(run, "--iterations", 12) is None and outcome(run) == outcome(tmp_path / "whole")
-    err = out_of_room(size // 2, *SMALL, "--out", long, "--pretrain-steps", 201)  # nor what pretraining keeps
-    assert ".part" in err and not list(long.rglob("*.p*t"))
+    before = (run / "checkpoint.pt").read_bytes()
+    limited(resume(run, "--iterations", 12), size - 1)
+    assert (run / "checkpoint.pt").read_bytes() == before
+    limited(command(out, "--pretrain-steps", 11, "--name", "new"), size // 8)
+    assert not (out / "new").exists()
+    assert train.main(resume(run, "--iterations", 12)) is None
+    assert outcome(run) == uninterrupted("ppo")

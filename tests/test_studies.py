@@ -22,12 +22,13 @@ from variance import noise
 def make_run(path, rewards, after, task="reviews", **columns):
     """Write a finished run. columns: more columns of metrics.csv, a value for each iteration."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"task": task}))
-    (path / "result.json").write_text(json.dumps({"after": {"reward": after}}))
+    (path / "config.json").write_text(json.dumps({"task": task, "seed": int(path.name.rpartition("-")[2])}))
+    result = {"metric": "quality", "after": {"reward": after}, "seconds": 1.0}
+    (path / "result.json").write_text(json.dumps(result))
     with open(path / "metrics.csv", "w") as file:
         writer = csv.writer(file)
-        writer.writerow(["iteration", "reward", *columns])
-        writer.writerows(zip(range(1, len(rewards) + 1), rewards, *columns.values()))
+        writer.writerow(["iteration", "reward", "kl", *columns])
+        writer.writerows(zip(range(1, len(rewards) + 1), rewards, [0.1] * len(rewards), *columns.values()))
     return path
 
 

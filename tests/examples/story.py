@@ -1,0 +1,20 @@
+"""Your own text, story.txt in the directory where you run this: more of the sea in it, and an ending."""
+
+import random
+from pathlib import Path
+
+from reward import contains, repetition
+
+text = Path("story.txt").read_text(encoding="utf-8")
+corpus = text.split("\n\n")  # paragraphs; a text of any length will do, also a whole book
+openings = sorted({" ".join(paragraph.split()[:3]) for paragraph in corpus if len(paragraph.split()) > 9})
+random.Random(0).shuffle(openings)
+prompts, heldout = openings[10:], openings[:10]
+
+
+def reward(prompt, completion):
+    return contains("sea")(prompt, completion) + 0.5 * completion.ended - repetition(prompt, completion)
+
+
+def metric(prompt, completion):  # how likely the pretrained model finds it: what is left of the language
+    return completion.fluency

@@ -1,0 +1,84 @@
+"""The task files in tests/examples, which users start from: they say what they claim, and they train."""
+
+import json
+import math
+import re
+
+import pytest
+
+import train
+from helpers import ROOT, TINY
+from reward import Text, load_task
+
+EXAMPLES = ROOT / "tests" / "examples"
+
+
+@pytest.fixture(params=["story", "sorting", "translate"])
+def example(request, tmp_path, monkeypatch):
+    """The path of an example, in a directory with all that it needs."""
+    if request.param == "translate":
+        pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: pip install sacrebleu")
+    write_story(tmp_path, monkeypatch)
+    return EXAMPLES / f"{request.param}.py"
+
+
+def write_story(folder, monkeypatch):
+    """story.txt in the working directory: forty paragraphs, each with an opening of its own."""
+    nouns = "captain harbour sailor island seagull lighthouse storm net".split()
+    verbs = "feared watched forgot remembered followed".split()
+    paragraphs = [f"the {noun} {verb} the old boats. they {verb} the {noun} from the cold sea."
+                  for noun in nouns for verb in verbs]
+    (folder / "story.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    monkeypatch.chdir(folder)
+
+
+def test_every_example_trains(example, tmp_path):
+    sizes = "--iterations 1 --pretrain-steps 30 --vocab-size 300 --block-size 96 --max-new-tokens 16".split()
+    task = ["--task", str(example), "--out", str(tmp_path / "runs"), "--name", "run"]
+    assert train.main([*task, *TINY, *sizes]) is None
+    result = json.loads((tmp_path / "runs" / "run" / "result.json").read_text())
+    assert math.isfinite(result["after"]["reward"]) and math.isfinite(result["after"]["metric"])
+
+
+def test_story_rewards_the_sea_and_an_ending_and_no_repetition(tmp_path, monkeypatch):
+    write_story(tmp_path, monkeypatch)
+    task = load_task(str(EXAMPLES / "story.py"), 0)
+    assert all(any(text.startswith(prompt) for text in task.corpus) for prompt in task.prompts + task.heldout)
+    reward = lambda text, ended: task.reward("the", Text(text, ended=ended, fluency=-2.0))
+    assert reward(" blue sea", True) == 1.5
+    assert reward(" blue sea", False) == 1.0
+    assert reward(" blue hill", True) == 0.5
+    assert reward(" ha ha ha", False) == -0.5  # one of two pairs of words is a repetition
+    assert task.metric("the", Text("", fluency=-2.0)) == -2.0
+
+
+def test_sorting_rewards_sorted_digits_which_its_corpus_often_lacks():
+    task = load_task(str(EXAMPLES / "sorting.py"), 0)
+    for prompt in task.prompts + task.heldout:
+        digits = [int(digit) for digit in prompt.split()[:5]]
+        answer = "".join(f" {digit}" * digits.count(digit) for digit in range(10))
+        assert task.reward(prompt, answer) == 1
+        assert task.reward(prompt, answer[:-2]) == 0
+    right = sum(task.reward(prompt, text[len(prompt):]) for prompt, text in zip(task.prompts, task.corpus))
+    # Half of the texts have two neighbours swapped. Five random digits have 10 (1 - 0.9^5) different ones on
+    # average, so that of the four pairs of sorted neighbours a share is equal, and its swap shows no mistake.
+    equal = (5 - 10 * (1 - 0.9 ** 5)) / 4
+    assert right / len(task.corpus) == pytest.approx(0.5 + 0.5 * equal, abs=0.03)
+
+
+def test_translate_rewards_english_word_order():
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: pip install sacrebleu")
+    task = load_task(str(EXAMPLES / "translate.py"), 0)
+    prompts = {str(prompt): prompt for prompt in task.prompts + task.heldout}
+    prompt = prompts["le chat noir voit le chien blanc :"]
+    assert task.reward(prompt, " the black cat sees the white dog") == pytest.approx(1)
+    assert 0 < task.reward(prompt, " the cat black sees the dog white") < 0.5
+    assert task.reward(prompt, "") == 0
+
+
+def test_readme_shows_sorting_as_it_is():
+    source = (EXAMPLES / "sorting.py").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    first_line = source.splitlines()[0]
+    assert [block for block in blocks if block.splitlines()[:1] == [first_line]] == [source]
