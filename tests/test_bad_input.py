@@ -159,7 +159,8 @@ MORE = """
     --plot result-noise => result-noise ; --plot metrics-none => metrics-none
     --plot metrics-empty => metrics-empty ; --plot metrics-torn => metrics-torn
     --plot config-none => config-none ; --plot good thesis => thesis ; --plot result-void => result-void
-    --plot good --seeds 2 => --seeds ; --resume good --eval good => --eval ; --algo trpo,ppo --iterations 0 => --iterations
+    --plot good --seeds 2 => --seeds ; --resume good --eval good => --eval
+    --algo trpo,ppo --iterations 0 => --iterations
     --seeds 2 --iterations 0 ; --resume good --task hello --iterations 3 => hello
     --name file --overwrite => --name
     rollout => run ; rollout good --what => --what ; rollout good --prompt '' => empty
