@@ -331,7 +331,7 @@ def maximize_likelihood(policy, rows, config, generator):
             drawn = torch.randint(len(rows), (8 * config.pretrain_batch,), generator=generator)
             drawn = drawn[lengths[drawn].argsort()].view(8, -1)
             batches = list(drawn[torch.randperm(8, generator=generator)])
-        part = rows[batches.pop().tensor_split(count)[rank]]  # this process's share
+        part = rows[batches.pop(0).tensor_split(count)[rank]]  # this process's share
         tokens = (part[:, 1:] >= 0).sum().to(device)
         with mixed(config, device):
             loss = nll(policy, part, "sum") / all_sum(tokens)
