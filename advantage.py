@@ -19,7 +19,7 @@ def processes():
 def all_sum(x):
     """The sum of x over all processes, the same bits on each.
 
-    Its gradient is that of this process's x alone: the gradients, too, are to be summed over processes.
+    Its gradient is that of this process's x alone; who takes a step sums the gradients, too.
     """
     if not dist.is_initialized():
         return x
@@ -89,7 +89,7 @@ def leave_one_out(scores, group_size):
     Returns (B,).  RLOO: Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics", equation 6.
     """
     groups = scores.view(-1, group_size)
-    deviation = groups - groups.mean(1, keepdim=True)  # from all K: (K-1)/K of that from the other K-1
+    deviation = groups - groups.mean(1, keepdim=True)  # (K-1)/K of the difference from the others' mean
     return (deviation * group_size / (group_size - 1)).view(-1)
 
 
@@ -113,6 +113,7 @@ def whiten(x, mask, eps=1e-8):
 
 
 # What --advantage chooses from: (rewards, values, mask, config) -> advantages and critic's targets, (B, T).
+# Without a critic the values are zero.
 
 def from_returns(rewards, values, mask, config):
     returns = discounted_returns(rewards, mask, config.gamma)

@@ -3,7 +3,7 @@
 A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). Nothing
 here knows that the actions are tokens. Every loss is a mean over the actions of the batch.
 
-`config` needs, everywhere: temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches,
+`config` needs, for policies: temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches,
 target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs, minibatches.
 """
 
@@ -80,7 +80,7 @@ def check_finite(**quantities):
     for name, value in quantities.items():
         if not math.isfinite(value):
             name = name.replace("_", " ")
-            raise FloatingPointError(f"the {name} is {value}: take smaller steps (a lower lr or delta)")
+            raise FloatingPointError(f"the {name} is {value}: take smaller steps (a learning rate, --delta)")
 
 
 def flatten(tensors):
@@ -192,9 +192,9 @@ def fisher_vector_product(policy, batch, temperature=1.0):
 
     The KL from π_old is zero here and so is its gradient; its Hessian is not: it is
     F = E[Jᵀ (diag p - p pᵀ) J], where J is the derivative of a state's logits by the weights and p their
-    softmax. Jᵀu is a backward pass. It is linear in u, so that its derivative by u along v, a second backward
-    pass, is J v. Both graphs are made once and kept for all products. The network is never differentiated
-    twice by its weights, and F is positive semi-definite by construction.
+    softmax. Jᵀu is a backward pass. It is linear in u, so that the gradient of (Jᵀu)·v by u, a second
+    backward pass, is J v. Both graphs are made once and kept for all products. The network is never
+    differentiated twice by its weights, and F is positive semi-definite by construction.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
     the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
     calculating Jacobian vector products".
@@ -208,7 +208,7 @@ def fisher_vector_product(policy, batch, temperature=1.0):
     Jtu = flatten(torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True))  # (n,)
 
     def product(v):
-        Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (B, T, A)
+        Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (B, T, A), the gradient of (Jᵀu)·v by u
         Fv = torch.autograd.grad(probs, params, weight * Jv, retain_graph=True, materialize_grads=True)
         return all_sum(flatten(Fv))  # (n,) Jᵀ (diag p - p pᵀ) weight J v, summed over the states
 

@@ -163,7 +163,7 @@ class GPT(nn.Module):
 
 
 class Critic(nn.Module):
-    """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the return after tokens[:, :t+1].
+    """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the expected return.
 
     A separate network: a value head on the policy's trunk would move the policy while it is fitted, outside
     any trust region. `policy`, where given, provides the trunk's initial weights. The head starts at zero,

@@ -23,8 +23,7 @@ from model import GPT, BadInput, GPTConfig, load_gpt2, save_gpt2
 # the space before them; spaces. In ours a Chinese character is a word, so that a prompt that ends after one
 # has the tokens that it has within a longer text.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-OUR_SPLIT = (r"'s|'t|'re|'ve|'m|'ll|'d|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-             r"|\s+(?!\S)|\s+")
+OUR_SPLIT = GPT2_SPLIT.replace(r" ?\p{L}+", r"\p{Han}| ?(?:(?!\p{Han})\p{L})+")
 SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
 
 
@@ -65,6 +64,19 @@ class Tokenizer:
         tokens = [*(bytes([i]) for i in range(256)), *merges]
         return cls.from_state({"name": "bpe", "tokens": [token.hex() for token in tokens]})
 
+    def state(self):
+        """The whole vocabulary as plain data, for `from_state`."""
+        tokens = map(self.encoding.decode_single_token_bytes, range(self.eos_token))
+        return {"name": self.name, "tokens": [token.hex() for token in tokens]}
+
+    @classmethod
+    def from_state(cls, state):
+        ranks = {bytes.fromhex(token): i for i, token in enumerate(state["tokens"])}
+        if len(ranks) < len(state["tokens"]) or not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("a vocabulary must hold each byte, and no token twice")
+        return cls(tiktoken.Encoding(state["name"], pat_str=SPLITS[state["name"]], mergeable_ranks=ranks,
+                                     special_tokens={"<|endoftext|>": len(ranks)}))
+
     @classmethod
     def gpt2(cls):
         """GPT-2's vocabulary, which tiktoken downloads at its first use. Raises BadInput."""
@@ -85,19 +97,6 @@ class Tokenizer:
         sizes = [len(self.encoding.decode_single_token_bytes(token)) for token in range(self.vocab_size)]
         sizes[self.eos_token] = 1
         return torch.tensor(sizes)
-
-    def state(self):
-        """The whole vocabulary as plain data, for `from_state`."""
-        tokens = map(self.encoding.decode_single_token_bytes, range(self.eos_token))
-        return {"name": self.name, "tokens": [token.hex() for token in tokens]}
-
-    @classmethod
-    def from_state(cls, state):
-        ranks = {bytes.fromhex(token): i for i, token in enumerate(state["tokens"])}
-        if len(ranks) < len(state["tokens"]) or not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError("a vocabulary must hold each byte, and no token twice")
-        return cls(tiktoken.Encoding(state["name"], pat_str=SPLITS[state["name"]], mergeable_ranks=ranks,
-                                     special_tokens={"<|endoftext|>": len(ranks)}))
 
 
 @dataclass
@@ -154,7 +153,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     get alone, from its own random numbers.
     """
     device, lengths = next(policy.parameters()).device, [len(prompt) for prompt in prompts]
-    B, T = len(prompts), max(lengths) + max_new_tokens - 1  # T actions at most, which choose tokens[:, 1:]
+    B, T = len(prompts), max(lengths) + max_new_tokens - 1  # T columns: column t chooses tokens[:, t+1]
     if min(lengths) == 0 or T + 1 > policy.config.block_size:
         raise ValueError(f"an empty prompt, or {T + 1} tokens exceed the context {policy.config.block_size}")
     tokens = torch.full((B, T + 1), eos_token)
@@ -219,7 +218,7 @@ def write_atomically(path, write):
 
     Raises BadInput where there is no room or no permission.
     """
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -253,9 +252,9 @@ def load_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
-        if tokenizer.vocab_size != config.vocab_size or config.n_layer > len(weights):  # before building them
+        if tokenizer.vocab_size != config.vocab_size or config.n_layer > len(weights):
             raise ValueError("the sizes of the model do not fit its tokenizer or weights")
-        if not math.isfinite(state.get("config", {}).get("temperature", 1.0)):  # at which `main` samples
+        if not math.isfinite(state.get("config", {}).get("temperature", 1.0)):
             raise ValueError("the temperature is not finite")
         policy, reference = GPT(config), GPT(config)
         policy.load_state_dict(weights)
@@ -333,8 +332,8 @@ def main(argv=None):
     parser.add_argument("--logprobs", action="store_true", help="each token's probability, now and before RL")
     parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel")
     args = parser.parse_args(argv)
-    if not 1 <= args.n <= 10 ** 6 or args.max_new_tokens is not None and args.max_new_tokens < 1:
-        parser.error("-n must be from 1 to 1000000, --max-new-tokens at least 1")
+    if not 1 <= args.n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:
+        parser.error("-n must be from 1 to 10000, --max-new-tokens at least 1")
     if not (0 <= args.seed < 2 ** 63 and args.top_k >= 0 and 0 < args.top_p <= 1):
         parser.error("--seed and --top-k must be at least 0, --top-p above 0 and at most 1")
     if args.temperature is not None and (args.greedy or not 1e-3 <= args.temperature < math.inf):
@@ -364,6 +363,7 @@ def main(argv=None):
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader does, as in `… | head`
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdin.reconfigure(encoding="utf-8-sig")
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the policy writes
     main()

@@ -38,6 +38,7 @@ from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, load_checkpoint, lo
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
 # Defaults that differ by advantage, algorithm, task, and weights of --init: the last of these four wins.
+# Those of addition were found by trial on another corpus (--pretrain-seed 1), the others on the task itself.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
@@ -89,7 +90,7 @@ class Config:
     batch_size: int = option(256, "episodes per iteration", 1)
     group_size: int = option(4, "episodes per prompt", 1)
     max_new_tokens: int = option(40, "longest completion, tokens", 1)
-    temperature: float = option(1.0, "sampling temperature, also of the policy that is trained", 1e-3)
+    temperature: float = option(1.0, "divides the logits, in sampling and in training", 1e-3)
     kl_coef: float = option(0.1, "KL penalty coefficient beta, reward per nat", 0)
     gamma: float = option(1.0, "discount per token (returns, gae)", 0, 1)
     lam: float = option(0.95, "lambda (gae)", 0, 1)
@@ -136,7 +137,7 @@ def make_parser():
     for f in fields(Config):
         others = [f"{kind}: {values[f.name]}" for kind, values in DEFAULTS.items() if f.name in values]
         default = ", ".join([str(f.default), *others])
-        help = f.metadata["help"] + (f" (default {default})" if f.default not in ("", False) else "")
+        help = f.metadata["help"] + (f" (default {default})" if default not in ("", "False") else "")
         if f.type is bool:
             parser.add_argument(flag(f.name), action="store_true", help=help)
         else:
@@ -168,17 +169,19 @@ def parse(argv):
             parser.error(f"{run} was trained on another task than {config.task}: --resume keeps the task")
     else:
         asked, defaults = Config(**given), {}
-        weights = asked.init and ("init gpt2" if is_gpt2(asked.init) else "init")
-        for kind in (asked.advantage, asked.algo, asked.task, weights):
+        kinds = [asked.advantage, asked.algo, asked.task]
+        if asked.init:
+            kinds.append("init gpt2" if is_gpt2(asked.init) else "init")
+        for kind in kinds:
             defaults |= DEFAULTS.get(kind, {})
         inherited = [flag(name) for name in given if name in INHERITED]
-        if weights and inherited:
+        if asked.init and inherited:
             parser.error(f"{inherited[0]} comes with the weights of --init: leave it out")
         config = Config(**defaults | given)
     check(config, parser)
     if args.seeds < 1 or is_comparison(config, args) and config.iterations < 1:
         parser.error("--seeds must be at least 1, and a comparison needs --iterations of at least 1")
-    if Path(config.task).is_file():
+    if config.task not in TASKS and Path(config.task).is_file():
         config.task = str(Path(config.task).resolve())
     estimator = "" if config.advantage == "gae" else f"-{config.advantage}"
     config.name = config.name or f"{Path(config.task).stem}-{config.algo}{estimator}-{config.seed}"
@@ -241,7 +244,7 @@ def set_up(config):
 
 
 def mixed(config, device, **options):
-    """Within it matrix products are of --dtype; weights, optimizers and all after the logits are float32."""
+    """Within it matrix products run in --dtype; weights, optimizers and all after the logits are float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16", **options)
 
 
@@ -276,11 +279,11 @@ def pretrained(config, task, device):
         tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if bpe else Tokenizer.gpt2()
         sizes = (config.block_size, config.n_layer, config.n_head, config.n_embd)
         policy = GPT(GPTConfig(tokenizer.vocab_size, *sizes), generator).to(device)
-    check_fit(task.prompts + task.heldout, tokenizer, config.max_new_tokens, config.block_size)
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
     rows = to_rows(texts, config.block_size)
     if len(rows) < 2:
         raise BadInput(f"the corpus of {config.task} needs two texts, or one longer than --block-size tokens")
+    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, config.block_size)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     n = min(1000, math.ceil(len(rows) / 100))  # the first n rows are held out
     maximize_likelihood(policy, rows[n:], config, generator)
@@ -360,7 +363,10 @@ class Episodes:
 
 @torch.no_grad()
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """Let the policy complete the prompts, and compare it with the reference. Returns Episodes."""
+    """Let the policy complete the prompts, and compare it with the reference. Returns Episodes.
+
+    temperature: of sampling, 0 is greedy. The reference is taken at the temperature of training.
+    """
     with mixed(config, next(policy.parameters()).device):
         rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
                          tokenizer.eos_token, temperature, generator)
@@ -415,7 +421,7 @@ def evaluate(task, policy, reference, tokenizer, config):
     actions (kl, entropy), and distinct words and pairs of words of all completions. Raises BadInput for
     prompts too long.
     """
-    check_fit(task.prompts + task.heldout, tokenizer, config.max_new_tokens, policy.config.block_size)
+    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
 
     def complete(prompts, temperature):
@@ -476,6 +482,25 @@ def write_json(path, data):
     write_atomically(path, lambda file: file.write((json.dumps(data, indent=2) + "\n").encode()))
 
 
+RUN_FILES = ("checkpoint.pt", "result.json", "metrics.csv")
+
+
+def check_name(run, config, resume):
+    """Raises BadInput for a run that exists, unless it is to be resumed or replaced."""
+    if not (resume or config.overwrite) and any((run / name).exists() for name in RUN_FILES):
+        raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
+
+
+def begin(run, config, resume):
+    """Delete what is replaced (of a resumed run the result), the checkpoint first, and write config.json."""
+    check_name(run, config, resume)  # again, since another process may have taken the name meanwhile
+    files = [run / name for name in RUN_FILES] + list(run.glob("events.out.tfevents*"))
+    for file in [run / "result.json"] if resume else files:
+        if file.exists():
+            file.unlink()
+    write_json(run / "config.json", asdict(config))
+
+
 def random_generators(seed, iteration, device):
     """This process's generators of an iteration, one for each purpose, from those numbers alone."""
     rank = processes()[0]
@@ -524,8 +549,8 @@ def train(config, resume=False):
     device, (rank, count) = set_up(config), processes()
     run = Path(config.out) / config.name
     checkpoint, result = run / "checkpoint.pt", run / "result.json"
-    if run.exists() and not (resume or config.overwrite and run.is_dir()):
-        raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
+    if rank == 0:
+        check_name(run, config, resume)
     task, history = load_task(config.task, config.pretrain_seed), []  # the rows of metrics.csv
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(checkpoint, device)
@@ -549,11 +574,8 @@ def train(config, resume=False):
             save_checkpoint(checkpoint, policy, tokenizer, reference=reference.state_dict(), **states,
                             config=asdict(config), pretraining=pretraining, history=history)
 
-    if rank == 0:  # delete the old checkpoint first: what it belongs to is replaced
-        events_files = run.glob("events.out.tfevents*")
-        for old in [result] if resume else [checkpoint, result, run / "metrics.csv", *events_files]:
-            old.unlink(missing_ok=True)
-        write_json(run / "config.json", asdict(config))
+    if rank == 0:
+        begin(run, config, resume)
     save()
     events = open_events(run, len(history)) if config.tensorboard and rank == 0 else None
     size = sum(p.numel() for p in policy.parameters())
@@ -568,7 +590,7 @@ def train(config, resume=False):
             if critic:
                 stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
         weights = sum(p.detach().sum() for model in (policy, critic) if model for p in model.parameters())
-        check_finite(**stats, sum_of_the_weights=weights.item())
+        check_finite(**stats, sum_of_the_weights=weights.item())  # which one weight that is NaN makes NaN
         history.append({"iteration": iteration, **stats, "seconds": time.perf_counter() - start})
         if rank == 0:
             log(run, history, events)
@@ -622,7 +644,9 @@ def interval(values):
 
 def compare(runs, path):
     """Finished runs averaged over seeds: a table, printed and written to PATH.md, and curves, PATH.png."""
-    groups = {}
+    groups, runs = {}, [Path(run).resolve() for run in runs]
+    if len({run.name for run in runs}) < len(runs):
+        raise BadInput("two of these runs have the same name: rename one's directory, or leave it out")
     for run in runs:
         label, result, metrics = read_run(run)
         groups.setdefault(label, []).append((result, metrics))
@@ -722,7 +746,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    config, args = parse(argv)
+    (config, args), start = parse(argv), time.time()
     run = Path(config.out) / config.name
     try:
         if args.plot:
@@ -744,8 +768,10 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        command = "the same command again"
-        if (run / "checkpoint.pt").exists() and not is_comparison(config, args):
+        command, checkpoint = "the same command again", run / "checkpoint.pt"
+        if is_comparison(config, args):
+            command += " without --overwrite" * config.overwrite
+        elif checkpoint.exists() and (args.resume or checkpoint.stat().st_mtime > start):  # it is of this run
             task = [] if config.task in TASKS else ["--task", config.task]
             command = shlex.join(["python", "train.py", "--resume", str(run), *task])
         print(f"\ninterrupted: to continue, give {command}", file=sys.stderr)
