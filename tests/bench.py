@@ -166,17 +166,16 @@ def timed(labels):
 
     A call within another such call is part of the outer one.
     """
-    spent, outside = dict.fromkeys(labels.values(), 0.0), True
+    spent, running = dict.fromkeys(labels.values(), 0.0), []
 
     def watch(function, label):
         def watched(*args, **kwargs):
-            nonlocal outside
-            if not outside:
-                return function(*args, **kwargs)
-            outside, start = False, time.perf_counter()
+            start = time.perf_counter()
+            running.append(label)
             result = function(*args, **kwargs)
-            outside = True
-            spent[label] += time.perf_counter() - start
+            running.pop()
+            if not running:
+                spent[label] += time.perf_counter() - start
             return result
         return watched
 
@@ -225,10 +224,8 @@ def gpt2_of_transformers(policy):
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         return None
-    c = policy.config
-    config = GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                        n_head=c.n_head, bos_token_id=None, eos_token_id=None)
-    theirs = GPT2LMHeadModel(config).eval()
+    sizes = {**vars(policy.config), "n_positions": policy.config.block_size}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
     theirs.load_state_dict(transpose_linear(policy.state_dict()), strict=False)  # the head is tied
     return theirs
 
@@ -239,12 +236,14 @@ def sampling():
         B, T, *_, V = size
         policy, batch = make(size)
         theirs, generator = gpt2_of_transformers(policy), torch.Generator().manual_seed(0)
-        ours = lambda: sample(policy, [[0]] * B, T, eos_token=V, generator=generator)  # V is never drawn
-        first = {"inputs": torch.zeros(B, 1, dtype=torch.long), "attention_mask": torch.ones(B, 1)}
-        generate = lambda: theirs.generate(**first, do_sample=True, top_k=0, max_new_tokens=T,
-                                           min_new_tokens=T, use_cache=True, pad_token_id=0)
-        t = in_turns(5, {"forward": lambda: forward(policy, batch.obs), "sample": ours,
-                         "generate": generate if theirs else lambda: None})
+        functions = {  # V, the end of text, is never drawn
+            "forward": lambda: forward(policy, batch.obs),
+            "sample": lambda: sample(policy, [[0]] * B, T, eos_token=V, generator=generator)}
+        if theirs:
+            first = {"inputs": torch.zeros(B, 1, dtype=torch.long), "attention_mask": torch.ones(B, 1)}
+            functions["generate"] = lambda: theirs.generate(
+                **first, do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0)
+        t = in_turns(5, functions)
         times = ratio(t.pop("generate"), t["sample"]) if theirs else "not installed"
         rows.append(in_forwards(t, size) | {"transformers' generate/sample": times})
     return show("Sampling, in forward passes over the finished episodes", rows)
@@ -263,11 +262,10 @@ def seconds(options=()):
         command = ["--algo", "trpo", "--out", out, *options]
         with timed(PHASES) as spent:
             start = time.perf_counter()
-            assert train.main(command) is None
+            train.main(command)
             whole = time.perf_counter() - start
-        command += ["--name", "profiled", "--iterations", "10", "--eval-episodes", "2"]
         with profile() as profiled:
-            assert train.main(command) is None
+            train.main([*command, "--name", "profiled", "--iterations", "10", "--eval-episodes", "2"])
     spent["everything else"] = whole - sum(spent.values())
     phases = [{"phase": phase, "s": s, "share": f"{s / whole:.1%}"} for phase, s in spent.items()]
 
@@ -297,24 +295,24 @@ def one_iteration(batch_size, length, n_layer, n_head, n_embd):
     reference, critic = copy.deepcopy(policy).requires_grad_(False), Critic(policy.config, policy)
     optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     generators = train.random_generators(0, 0, "cpu")
-    for _ in range(2):
-        start = time.perf_counter()
+
+    def run():
         batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
         algos.trpo(policy, batch, None, config, generators["update"])
         algos.fit_critic(critic, batch, optimizer, config, generators["update"])
-        taken = time.perf_counter() - start
+
+    taken, = in_turns(1, {"run": run})["run"]
     return sum(p.numel() for p in policy.parameters()), taken, high_water() - before
 
 
 def growth():
     tables = {}
     for quantity, sizes in GROWTH.items():
-        rows = []
-        for size in sizes:
-            parameters, s, mib = alone(one_iteration, *size)
-            first = rows[0] if rows else {"s": s, "MiB": mib}
-            rows.append({"batch": size[0], "tokens": size[1], "parameters": parameters, "s": s,
-                         "s / first": s / first["s"], "MiB": mib, "MiB / first": mib / first["MiB"]})
+        measured = [alone(one_iteration, *size) for size in sizes]
+        _, first_s, first_mib = measured[0]
+        rows = [{"batch": batch_size, "tokens": length, "parameters": parameters, "s": s,
+                 "s / first": s / first_s, "MiB": mib, "MiB / first": mib / first_mib}
+                for (batch_size, length, *_), (parameters, s, mib) in zip(sizes, measured)]
         tables |= show(f"A TRPO iteration with its critic's fit: more {quantity}", rows)
     return tables
 
@@ -323,25 +321,24 @@ KINDS = {"one process, one thread": (1, 1, "float32"), "two processes, one threa
          "one process, two threads": (1, 2, "float32"), "bfloat16": (1, 1, "bfloat16")}
 
 
-def processes(rounds=2, iterations=6, options=()):
-    def run(kind, algo, out):
-        """Seconds of each iteration but the first, which warms up."""
-        count, threads, dtype = KINDS[kind]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command = [sys.executable, *torchrun * (count > 1), train.__file__, "--overwrite", "--name=timed",
-                   "--eval-episodes=2", f"--algo={algo}", f"--out={out}", f"--threads={threads}",
-                   f"--iterations={iterations}", f"--dtype={dtype}", *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-        return train.read_run(Path(out) / "timed")[2]["seconds"][1:]
+def seconds_of_iterations(kind, algo, out):
+    """Of all iterations but the first, which warms up."""
+    count, threads, dtype = KINDS[kind]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    options = (f"--algo {algo} --threads {threads} --dtype {dtype} --iterations 6 --eval-episodes 2 "
+               f"--name timed --overwrite --out {out}")
+    subprocess.run([sys.executable, *torchrun * (count > 1), train.__file__, *options.split()], check=True,
+                   stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    _, _, metrics = train.read_run(Path(out) / "timed")
+    return metrics["seconds"][1:]
 
+
+def processes(rounds=2):
     rows = []
     with tempfile.TemporaryDirectory() as out:
         for algo in train.ALGOS:
-            t = {kind: [] for kind in KINDS}
-            for _ in range(rounds):
-                for kind in KINDS:
-                    t[kind] += run(kind, algo, out)
+            turns = [{kind: seconds_of_iterations(kind, algo, out) for kind in KINDS} for _ in range(rounds)]
+            t = {kind: sum((turn[kind] for turn in turns), []) for kind in KINDS}
             single = t.pop("one process, one thread")
             rows.append({"algo": algo, "s": median(single),
                          **{kind: ratio(single, values) for kind, values in t.items()}})
@@ -360,7 +357,7 @@ def main():
     if set(args.parts) - set(PARTS):
         parser.error(f"choose parts from {', '.join(PARTS)}")
     figures = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(f"torch {figures['torch']}, {figures['threads']} threads")
+    print(figures)
     for part in args.parts or ["fisher", "updates", "iteration", "sampling"]:
         figures |= PARTS[part]()
     if args.json:

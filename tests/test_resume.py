@@ -1,11 +1,13 @@
 """A run that was stopped, killed or out of disk space continues as if nothing had happened, to the bit."""
 
+import functools
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -36,6 +38,7 @@ def context():
 
 
 def command(out, *options):
+    """The options of a run on out/mine.py."""
     return [*OPTIONS, "--task", str(out / "mine.py"), "--out", str(out), *map(str, options)]
 
 
@@ -64,14 +67,11 @@ def outcome(run):
 
 @pytest.fixture(scope="module")
 def uninterrupted(out):
-    """The outcome of whole runs by algorithm."""
-    runs = {}
-
+    """The outcome of a whole run of an algorithm."""
+    @functools.cache
     def get(algo):
-        if algo not in runs:
-            assert train.main(command(out, "--algo", algo, "--name", f"{algo}-whole")) is None
-            runs[algo] = outcome(out / f"{algo}-whole")
-        return runs[algo]
+        assert train.main(command(out, "--algo", algo, "--name", f"{algo}-whole")) is None
+        return outcome(out / f"{algo}-whole")
     return get
 
 
@@ -92,50 +92,40 @@ def main_with_signal(argv, number, function, count, stderr):
 
 
 @pytest.fixture
-def interrupt(context, tmp_path_factory):
+def interrupt(context, tmp_path):
     """Runs train.main with a signal at the count-th call of a function. Returns its exit code and stderr."""
-    def run(argv, number, function, count):
-        stderr = tmp_path_factory.mktemp("stderr") / "stderr"
-        process = context.Process(target=main_with_signal, args=(argv, number, function, count, stderr))
+    def run(argv, *where):
+        process = context.Process(target=main_with_signal, args=(argv, *where, tmp_path.with_suffix(".txt")))
         process.start()
         process.join()
-        return process.exitcode, stderr.read_text(encoding="utf-8")
+        return process.exitcode, tmp_path.with_suffix(".txt").read_text(encoding="utf-8")
     return run
 
 
-@pytest.mark.parametrize("algo, function, count", [
-    ("reinforce", "train.collect", 9),
-    ("ppo", "train.fit_critic", 8),
-    ("trpo", "torch.save", 4),  # while it writes the checkpoint of iteration 9
+@pytest.mark.parametrize("algo, number, function, count", [
+    ("reinforce", signal.SIGTERM, "train.collect", 9),
+    ("ppo", signal.SIGKILL, "train.fit_critic", 8),
+    ("trpo", signal.SIGKILL, "torch.save", 4),  # while it writes the checkpoint of iteration 9
 ])
-def test_a_killed_run_equals_an_uninterrupted_one(out, interrupt, uninterrupted, algo, function, count):
+def test_a_killed_run_resumes_to_the_bit(out, interrupt, uninterrupted, algo, number, function, count):
     run = out / f"{algo}-killed"
     argv = command(out, "--algo", algo, "--name", run.name)
-    assert interrupt(argv, signal.SIGKILL, function, count) == (-signal.SIGKILL, "")
+    assert interrupt(argv, number, function, count) == (-number, "")
     assert len(load_checkpoint(run)[3]["history"]) == 6
     assert 6 < len(rows(run)) <= 6 + 3  # what is repeated is at most the interval between checkpoints
     assert train.main(resume(run)) is None
     assert outcome(run) == uninterrupted(algo)
 
 
-def test_more_iterations_equal_one_longer_run(out, uninterrupted):
+def test_more_iterations_equal_one_longer_run_that_is_finished_only_at_its_end(out, interrupt, uninterrupted):
     run = out / "longer"
     assert train.main(command(out, "--algo", "ppo", "--name", run.name, "--iterations", 5)) is None
-    assert train.main(resume(run, "--iterations", 12, "--save-every", 2)) is None
-    assert outcome(run) == uninterrupted("ppo")
-    assert json.loads((run / "config.json").read_text())["iterations"] == 12
-
-
-def test_a_resumed_run_is_finished_only_at_its_end(out, interrupt):
-    run = out / "extended"
-    assert train.main(command(out, "--name", run.name, "--iterations", 3)) is None
     assert (run / "result.json").exists()
-    interrupt(resume(run, "--iterations", 6), signal.SIGKILL, "train.collect", 2)
+    interrupt(resume(run, "--iterations", 12, "--save-every", 2), signal.SIGKILL, "train.collect", 4)
     assert not (run / "result.json").exists()
     assert train.main(["--plot", str(run)]) == 2
-    assert train.main(resume(run)) is None  # to the six iterations that were asked for
-    assert len(rows(run)) == 6
-    assert (run / "result.json").exists()
+    assert train.main(resume(run)) is None  # to the twelve iterations that were asked for
+    assert outcome(run) == uninterrupted("ppo")
 
 
 def test_ctrl_c_prints_the_command_that_continues(out, interrupt, uninterrupted):
@@ -158,23 +148,13 @@ def test_ctrl_c_in_pretraining_or_a_comparison_asks_for_the_same_command(out, tm
         assert train.main(argv) is None
 
 
-def test_sigterm_ends_a_run_that_resumes(out, interrupt, uninterrupted):
-    run = out / "terminated"
-    argv = command(out, "--algo", "reinforce", "--name", run.name)
-    assert interrupt(argv, signal.SIGTERM, "train.collect", 5) == (-signal.SIGTERM, "")
-    assert train.main(resume(run)) is None
-    assert outcome(run) == uninterrupted("reinforce")
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path, interrupt, uninterrupted):
-    task_file(tmp_path)
-    run, argv = tmp_path / "run", command(tmp_path, "--algo", "ppo", "--name", "run")
-    interrupt(argv, signal.SIGKILL, "train.gradient_step", 5)  # in pretraining
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
-    interrupt(argv, signal.SIGKILL, "torch.save", 2)  # after config.json was written
-    assert (run / "config.json").exists() and not (run / "checkpoint.pt").exists()
-    assert train.main(argv) == train.main(resume(run)) == 2
-    assert train.main([*argv, "--overwrite"]) is None
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(out, interrupt, uninterrupted):
+    run = out / "early"
+    argv = command(out, "--algo", "ppo", "--name", run.name)
+    interrupt(argv, signal.SIGKILL, "torch.save", 1)  # after config.json was written
+    assert [path.name for path in run.iterdir() if path.suffix == ".json"] == ["config.json"]
+    assert train.main(resume(run)) == 2
+    assert train.main(argv) is None
     assert outcome(run) == uninterrupted("ppo")
 
 
@@ -192,8 +172,8 @@ def test_a_run_survives_kills_at_random_moments(tmp_path, context, kills):
     began = time.monotonic()
     start(*argv, "--out", whole.parent).join()
     seconds = time.monotonic() - began
-    killed = done = 0
-    while killed < kills or not (run / "result.json").exists():
+    done = 0
+    while kills or not (run / "result.json").exists():
         if (run / "result.json").exists():  # begin another run, with its pretraining
             shutil.rmtree(run.parent)
             done = 0
@@ -201,11 +181,11 @@ def test_a_run_survives_kills_at_random_moments(tmp_path, context, kills):
             process = start("--resume", run, *task)
         else:
             process = start(*argv, "--out", run.parent, "--overwrite")
-        process.join(rng.uniform(0, seconds / 3) if killed < kills else None)
+        process.join(rng.uniform(0, seconds / 3) if kills else None)
         if process.is_alive():
             process.kill()
             process.join()
-            killed += 1
+            kills -= 1
         else:
             assert process.exitcode == 0
             assert outcome(run) == outcome(whole)
@@ -213,31 +193,25 @@ def test_a_run_survives_kills_at_random_moments(tmp_path, context, kills):
             saved = len(load_checkpoint(run)[3]["history"])
             assert done <= saved  # no checkpoint is lost
             done = saved
-        if (run / "metrics.csv").exists():
-            assert len(rows(run)) <= done + 4  # what is repeated is at most the interval between checkpoints
 
 
 def test_a_full_disk_ends_a_run_that_resumes(out, uninterrupted, capsys):
     """A limit on the size of files stands for it."""
     run = out / "full"
     assert train.main(command(out, "--algo", "ppo", "--name", run.name, "--iterations", 3)) is None
-    limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), (run / "checkpoint.pt").stat().st_size
-
-    def limited(argv, size):
+    before = (run / "checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    new = command(out, "--pretrain-steps", 11, "--name", "new")
+    for argv, size in [(resume(run, "--iterations", 12), len(before) - 1), (new, len(before) // 8)]:
         capsys.readouterr()
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             assert train.main(argv) == 2
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        err = capsys.readouterr().err
-        assert err.startswith("error: cannot write ") and err.count("\n") == 1 and "free some space" in err
-        assert not list(out.rglob("*.part"))
-
-    before = (run / "checkpoint.pt").read_bytes()
-    limited(resume(run, "--iterations", 12), size - 1)
+        assert re.fullmatch("error: cannot write .* free some space.*\n", capsys.readouterr().err)
+        assert not list(out.rglob(f"*.{os.getpid()}.part"))
     assert (run / "checkpoint.pt").read_bytes() == before
-    limited(command(out, "--pretrain-steps", 11, "--name", "new"), size // 8)
     assert not (out / "new").exists()
     assert train.main(resume(run, "--iterations", 12)) is None
     assert outcome(run) == uninterrupted("ppo")

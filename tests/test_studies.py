@@ -1,53 +1,34 @@
 """The scripts for studies: compare.py, variance.py and bench.py."""
 
-import csv
 import itertools
-import json
 import math
-import time
 
 import pytest
 import torch
 
 import bench
 import compare
-import train
 from helpers import TINY
 from reward import Task, Text, accuracy
+from test_compare import cells, make_run
 from variance import noise
 
 
 # compare.py
 
-def make_run(path, rewards, after, task="reviews", **columns):
-    """Write a finished run. columns: more columns of metrics.csv, a value for each iteration."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"task": task, "seed": int(path.name.rpartition("-")[2])}))
-    result = {"metric": "quality", "after": {"reward": after}, "seconds": 1.0}
-    (path / "result.json").write_text(json.dumps(result))
-    with open(path / "metrics.csv", "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(["iteration", "reward", "kl", *columns])
-        writer.writerows(zip(range(1, len(rewards) + 1), rewards, [0.1] * len(rewards), *columns.values()))
-    return path
-
-
 def test_every_figure_of_the_table_is_the_one_worked_out_by_hand(tmp_path):
     always = lambda value: [value] * 15
-    rejecting = dict(accepted=[1] * 12 + [0] * 3, halvings=[2] * 12 + [0] * 3)
     trpo = dict(kl_update=always(0.004), cg_residual=always(0.5))
+    rejecting = dict(accepted=[1] * 12 + [0] * 3, halvings=[2] * 12 + [0] * 3)
     runs = [
         make_run(tmp_path / "p-0", [0] * 5 + [1] * 10, 0.5, kl_update=always(0.01), clip_fraction=always(0)),
         make_run(tmp_path / "p-1", [0] * 7 + [1] * 8, 0.7, kl_update=always(0.03), clip_fraction=always(0.2)),
         make_run(tmp_path / "t-0", [0] * 11 + [1] * 4, 0.9, **trpo, **rejecting),
         make_run(tmp_path / "t-1", always(1), 0.9, **trpo, accepted=always(1), halvings=always(2)),
         make_run(tmp_path / "low-7", [0] * 5 + [0.5] * 10, 0.5, kl_update=always(1e-5))]
-    titles, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-                        for line in compare.table(runs).splitlines()]
-    groups = {row[0]: dict(zip(titles[1:], row[1:])) for row in rows}
     # The mean curves start at 0, 0.5 and 0; the best mean of five in a row is 1. So the goal is 11/12, which
     # only five ones in a row reach. Two values a and b have the interval ± 12.706 |a - b| / 2.
-    assert groups == {
+    assert cells(compare.table(runs)) == {
         "p": {"runs": "2", "iterations": "15 ± 0", "final reward": "0.6 ± 1.3", "to 90%": "11 ± 13",
               "KL of an update": "0.02 ± 0.13", "rejected": "", "halvings": "", "CG residual": "",
               "clip fraction": "0.1 ± 1.3",
@@ -70,12 +51,6 @@ def test_every_figure_of_the_table_is_the_one_worked_out_by_hand(tmp_path):
 ])
 def test_the_goal_is_reached_by_the_mean_of_the_last_five_iterations(goal, rewards, iterations):
     assert compare.iterations_to(goal, rewards) == iterations
-
-
-def test_the_goal_is_nine_tenths_of_the_way_from_the_first_reward_to_the_best():
-    rising = [0, 0.2, 0.4, 0.6, 0.8, 1]  # best mean of five in a row: 0.6
-    assert compare.reward_to_reach([rising]) == pytest.approx(0.54)
-    assert compare.reward_to_reach([rising, [0.2, 0.2]]) == pytest.approx(0.1 + 0.9 * 0.5)
 
 
 def test_a_block_of_a_long_curve_is_the_mean_of_a_few_iterations():
@@ -106,11 +81,8 @@ def gradients(*shape):
     return MEAN + normal @ FACTOR.T
 
 
-def test_noise_is_the_trace_of_the_covariance_over_the_square_of_the_mean():
+def test_noise_is_the_trace_of_the_covariance_over_the_square_of_the_mean_also_in_small_samples():
     assert noise(gradients(50_000)) == pytest.approx(10.25 / 7.5 ** 2, rel=0.03)  # a standard error is 0.6%
-
-
-def test_the_square_of_the_mean_is_free_of_its_own_noise_also_in_small_samples():
     samples = gradients(4000, 5)
     squares = [g.var(0).sum().item() / noise(g) for g in samples]
     # A standard error is 0.31. The square of the sample's mean would exceed 7.5² by 10.25/5 = 2.05.
@@ -125,19 +97,6 @@ def test_noise_without_any_signal_is_not_a_number():
 
 def test_a_ratio_is_the_median_of_the_ratios_of_the_turns():
     assert bench.ratio([2, 30, 4], [1, 10, 1]) == 3
-
-
-def test_a_call_within_a_timed_call_counts_as_part_of_the_outer_one(monkeypatch):
-    monkeypatch.setattr(train, "sample", lambda: time.sleep(0.02))
-    monkeypatch.setattr(train, "score", lambda: (time.sleep(0.01), train.sample()))
-    monkeypatch.setitem(train.ALGOS, "trpo", None)
-    with bench.timed({"sample": "inner", "score": "outer", "trpo": "update"}) as spent:
-        train.score()
-        assert spent["inner"] == 0 and spent["outer"] >= 0.03
-        train.sample()
-        assert spent["inner"] >= 0.02
-        assert train.ALGOS["trpo"] is not None
-    assert train.ALGOS["trpo"] is None and spent["update"] == 0
 
 
 @pytest.fixture

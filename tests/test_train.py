@@ -24,7 +24,6 @@ from model import GPT, BadInput, Critic, GPTConfig, save_gpt2
 from rollout import Tokenizer, load_checkpoint, sample
 
 FILES = {"config.json", "metrics.csv", "checkpoint.pt", "result.json"}
-UMLAUTS = TASK.replace("the cat sat", "das Kätzchen saß").replace('"the cat"', '"das"')
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,6 @@ def test_a_run_writes_its_config_metrics_checkpoint_and_result(out, algo, capsys
     assert len(re.findall(r"^ +\d/2  reward .* kl .* entropy .* s, \d+ s left", printed, re.M)) == 2
 
     run = out / algo
-    assert {path.name for path in run.iterdir()} == FILES
     config, result = read(run / "config.json"), read(run / "result.json")
     assert (config["algo"], config["n_embd"], config["task"]) == (algo, 16, str(out / "mine.py"))
     assert {*result} == {"metric", "before", "after", "seconds", "pretraining", "processes", "threads",
@@ -113,11 +111,13 @@ def test_an_algorithm_of_ones_own_runs(out, monkeypatch):
     assert all(torch.equal(2 * p, q) for p, q in zip(policy.parameters(), reference.parameters()))
 
 
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
-    """Commands in another process: without a network, in a home of its own, on a terminal without Unicode."""
-    folder = tmp_path_factory.mktemp("home")
-    task_file(folder, UMLAUTS)
+def test_another_process_without_a_network_writes_the_same_bytes_and_nothing_elsewhere(tmp_path):
+    """In a home of its own, on a terminal without Unicode."""
+    home = tmp_path / "home"
+    umlauts = TASK.replace("the cat sat", "das Kätzchen saß").replace('"the cat"', '"das"')
+    for folder in (tmp_path, home):
+        folder.mkdir(exist_ok=True)
+        task_file(folder, umlauts)
     script = """if True:
         import json, runpy, socket, sys
         socket.socket.connect = socket.getaddrinfo = None
@@ -135,27 +135,27 @@ def elsewhere(tmp_path_factory):
     commands += [["train", "train.py", "--resume", "runs/trpo", *task, "--iterations", "3"],
                  ["train", "train.py", "--eval", "runs/trpo", *task],
                  ["rollout", "rollout.py", "runs/trpo", "--prompt", "das"]]
-    home = dict.fromkeys(["HOME", "TMPDIR", "XDG_CACHE_HOME"], str(folder))
-    environment = {**os.environ, **home, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", script, ROOT, json.dumps(commands)], cwd=folder,
+    folders = dict.fromkeys(["HOME", "TMPDIR", "XDG_CACHE_HOME"], str(home))
+    environment = {**os.environ, **folders, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script, ROOT, json.dumps(commands)], cwd=home,
                           env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder
+
+    kept, = (home / "runs" / "pretrained").iterdir()
+    written = {home / "runs" / algo / file for algo in train.ALGOS for file in FILES}
+    assert {*contents(home)} == {home / "mine.py", kept, *written}
+    for algo in train.ALGOS:
+        there = rows(home / "runs" / algo)[:2]  # one of the runs was resumed
+        for seed in (3, 4):
+            assert go(tmp_path, "--algo", algo, "--seed", seed) is None
+            assert (rows(tmp_path / f"mine-{algo}-{seed}") == there) == (seed == 3)
 
 
-def test_nothing_is_fetched_and_nothing_written_elsewhere(elsewhere):
-    kept, = (elsewhere / "runs" / "pretrained").iterdir()
-    written = {elsewhere / "runs" / algo / file for algo in train.ALGOS for file in FILES}
-    assert {*contents(elsewhere)} == {elsewhere / "mine.py", kept, *written}
-
-
-@pytest.mark.parametrize("algo", train.ALGOS)
-def test_the_same_seed_gives_the_same_bytes_in_another_process(elsewhere, tmp_path, algo):
-    task_file(tmp_path, UMLAUTS)
-    there = rows(elsewhere / "runs" / algo)[:2]  # one of the runs was resumed
-    for seed in (3, 4):
-        assert go(tmp_path, "--algo", algo, "--seed", seed) is None
-        assert (rows(tmp_path / f"mine-{algo}-{seed}") == there) == (seed == 3)
+def test_random_numbers_are_others_for_each_purpose_seed_and_iteration():
+    generators = [generator for seed in (0, 1) for iteration in (1, 2)
+                  for generator in train.random_generators(seed, iteration, "cpu").values()]
+    draws = {torch.rand(1, generator=generator).item() for generator in generators}
+    assert len(draws) == len(generators) == 2 * 2 * 3
 
 
 @pytest.mark.parametrize("task", train.TASKS)
@@ -181,35 +181,6 @@ def reward(prompt, completion):
     result = read(out / f"dogs-{algo}-0" / "result.json")
     before, after = result["before"], result["after"]
     assert after["reward"] - after["reward_ci"] > before["reward"] + before["reward_ci"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algo", train.ALGOS)
-def test_each_algorithm_finds_a_rare_word(tmp_path, algo):
-    options = ("--task hello --n-embd 32 --n-head 4 --pretrain-steps 300 --iterations 25 --batch-size 128 "
-               "--minibatches 4 --kl-coef 0.02 --lr 2e-3")
-    assert train.main([*TINY, *options.split(), "--algo", algo, "--out", str(tmp_path)]) is None
-    result = read(tmp_path / f"hello-{algo}-0" / "result.json")
-    assert result["before"]["reward"] < 0.2
-    assert result["after"]["reward"] > 0.6
-
-
-@pytest.mark.slow
-def test_the_kl_penalty_keeps_the_policy_near_its_reference(tmp_path):
-    options = ("--task hello --n-embd 32 --n-head 4 --pretrain-steps 300 --iterations 10 --batch-size 128 "
-               "--minibatches 4 --out").split()
-    kl = {}
-    for beta in ("0", "3"):
-        assert train.main([*TINY, *options, str(tmp_path), "--kl-coef", beta, "--name", beta]) is None
-        kl[beta] = read(tmp_path / beta / "result.json")["after"]["kl"]
-    assert kl["3"] < 0.5 * kl["0"]
-
-
-def test_a_trust_region_of_size_zero_allows_no_step(out, capsys):
-    assert go(out, "--delta", 0, "--name", "still") is None
-    assert len(re.findall(r"no step$", capsys.readouterr().out, re.M)) == 2
-    policy, reference, _, _ = load_checkpoint(out / "still")
-    assert same_weights(policy, reference)
 
 
 def test_an_existing_run_is_replaced_only_on_request(out, capsys):
@@ -249,7 +220,6 @@ def test_event_files_hold_the_metrics(out):
     ("--advantage grpo --whiten 1 --name mine", dict(whiten=1, name="mine")),
     ("--task addition --algo ppo", dict(lr=1e-4, group_size=1, damping=1.0)),  # the task's lr wins
     ("--task addition --algo reinforce", dict(iterations=150, block_size=16)),
-    ("--task addition --algo ppo --lr 0.5", dict(lr=0.5)),
     ("--task hello --max-new-tokens 9", dict(max_new_tokens=9, block_size=48)),
     ("--task addition --init gpt2", dict(lr=1e-5, max_new_tokens=4, pretrain_steps=0, batch_size=16)),
     ("--task addition --init a/checkpoint.pt", dict(lr=1e-4, pretrain_steps=0, pretrain_batch=128)),
@@ -258,15 +228,6 @@ def test_event_files_hold_the_metrics(out):
 def test_defaults_depend_on_the_task_the_algorithm_and_the_weights(options, expected):
     config, _ = train.parse(options.split())
     assert {name: getattr(config, name) for name in expected} == expected
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as e:
-        train.main(["--help"])
-    assert e.value.code == 0
-    named = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M))
-    options = {"--" + name.replace("_", "-") for name in asdict(train.Config())}
-    assert named == options | {"--resume", "--eval", "--plot", "--seeds"}
 
 
 def test_pretrained_weights_are_kept_for_exactly_what_decides_them(tmp_path, monkeypatch, gpt2_vocabulary):
@@ -299,7 +260,7 @@ def test_pretrained_weights_are_kept_for_exactly_what_decides_them(tmp_path, mon
     assert kept() == files + 1  # another corpus
 
 
-def test_a_run_starts_from_another_runs_weights(out, capsys):
+def test_a_run_starts_from_another_runs_weights(out):
     assert go(out, "--name", "source", "--iterations", 1) is None
     source, _, _, _ = load_checkpoint(out / "source")
     cached = contents(out / "pretrained")
@@ -308,21 +269,18 @@ def test_a_run_starts_from_another_runs_weights(out, capsys):
         run = ["--task", out / "mine.py", "--out", out, "--name", name, "--init", out / init, *options]
         sizes = "--iterations 0 --max-new-tokens 12 --eval-episodes 16 --threads 1".split()
         assert train.main([*sizes, *map(str, run)]) is None
-        return load_checkpoint(out / name)
+        policy, _, _, _ = load_checkpoint(out / name)
+        return policy, len(contents(out / "pretrained")) - len(cached)
 
-    policy, reference, _, more = start("continued", "source")
-    assert same_weights(policy, source) and same_weights(reference, source)
-    assert (more["config"]["n_embd"], more["config"]["pretrain_steps"]) == (16, 0)
-    assert contents(out / "pretrained") == cached
-
-    further, _, _, _ = start("further", "source/checkpoint.pt", "--pretrain-steps", 3)
-    assert not same_weights(further, source)
-    assert len(contents(out / "pretrained")) == len(cached) + 1
-    again, _, _, _ = start("again", "source", "--pretrain-steps", 3)  # found among the pretrained weights
-    assert same_weights(again, further)
-    assert len(contents(out / "pretrained")) == len(cached) + 1
-    start("other", "further", "--pretrain-steps", 3)  # other initial weights
-    assert len(contents(out / "pretrained")) == len(cached) + 2
+    policy, kept = start("continued", "source")
+    assert same_weights(policy, source) and kept == 0
+    assert read(out / "continued" / "config.json")["n_embd"] == 16
+    further, kept = start("further", "source/checkpoint.pt", "--pretrain-steps", 3)
+    assert not same_weights(further, source) and kept == 1
+    again, kept = start("again", "source", "--pretrain-steps", 3)
+    assert same_weights(again, further) and kept == 1  # found among the pretrained weights
+    _, kept = start("other", "further", "--pretrain-steps", 3)
+    assert kept == 2  # other initial weights
 
 
 def test_a_run_starts_from_gpt2_and_exports_it(tmp_path, gpt2_vocabulary):
@@ -333,11 +291,9 @@ def test_a_run_starts_from_gpt2_and_exports_it(tmp_path, gpt2_vocabulary):
     files = ["--task", str(task_file(tmp_path)), "--out", str(tmp_path)]
 
     assert train.main([*options, *files, "--init", str(tmp_path / "gpt2"), "--name", "a"]) is None
-    policy, reference, tokenizer, more = load_checkpoint(tmp_path / "a")
+    policy, reference, _, more = load_checkpoint(tmp_path / "a")
     assert same_weights(reference, first)
-    assert tokenizer.name == "gpt2"
-    config = read(tmp_path / "a" / "config.json")
-    assert [config[name] for name in train.INHERITED] == ["gpt2", 50257, 32, 1, 2, 8]
+    assert [more["config"][name] for name in train.INHERITED] == ["gpt2", 50257, 32, 1, 2, 8]
 
     rollout.main([str(tmp_path / "a"), "--export", str(tmp_path / "exported")])
     assert train.main([*options, *files, "--init", str(tmp_path / "exported"), "--name", "b"]) is None
@@ -352,11 +308,8 @@ def test_bfloat16_is_the_precision_of_matrix_products_only(out, monkeypatch):
         def watched(model, *args, **kwargs):
             dtypes = seen.setdefault(function.__name__, set())
             layer = model.transformer.h[0].mlp.c_fc
-            hook = layer.register_forward_hook(lambda layer, x, y: dtypes.add(y.dtype))
-            try:
+            with layer.register_forward_hook(lambda layer, x, y: dtypes.add(y.dtype)):
                 return function(model, *args, **kwargs)
-            finally:
-                hook.remove()
         return watched
 
     for name in ("sample", "nll", "fit_critic", "log_probs"):
@@ -365,19 +318,13 @@ def test_bfloat16_is_the_precision_of_matrix_products_only(out, monkeypatch):
         monkeypatch.setitem(train.ALGOS, algo, watch(update))
     for algo in train.ALGOS:
         assert go(out, "--algo", algo, "--dtype", "bfloat16", "--name", f"half-{algo}") is None
-        _, _, _, more = load_checkpoint(out / f"half-{algo}")
-        policy = torch.load(out / f"half-{algo}" / "checkpoint.pt", weights_only=True)["policy"]
-        assert {t.dtype for t in [*policy.values(), *more["critic"].values()]} == {torch.float32}
-        assert 0 <= more["history"][0]["kl"] < 1e-3  # the cached pass and the full one round differently
+        saved = torch.load(out / f"half-{algo}" / "checkpoint.pt", weights_only=True)
+        weights = [*saved["policy"].values(), *saved["critic"].values()]
+        assert {tensor.dtype for tensor in weights} == {torch.float32}
+        assert 0 <= saved["history"][0]["kl"] < 1e-3  # the cached pass and the full one round differently
     half, full = {torch.bfloat16}, {torch.float32}
     assert seen == {"sample": half, "log_probs": half, "fit_critic": half, "reinforce": half, "ppo": half,
                     "nll": half | full, "trpo": full}  # bits per byte and TRPO: in full precision
-
-    assert go(out, "--name", "full", "--iterations", 0) is None
-    half, full = (read(out / name / "result.json")["pretraining"]["bits_per_byte"]
-                  for name in ("half-ppo", "full"))
-    assert half != full
-    assert half == pytest.approx(full, rel=0.01)
 
 
 # Pretraining.
@@ -394,30 +341,26 @@ def test_nll_and_bits_per_byte_are_sums_over_predicted_tokens():
     tokenizer = Tokenizer.learn(["the plot was the plot "] * 9, 263)
     policy = GPT(GPTConfig(tokenizer.vocab_size, 8, 1, 2, 16), torch.Generator().manual_seed(1))
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in ("the plot", "was 中", "a")]
-    nats = size = count = 0
+    nats = []
+    size = len(texts)  # an end of text counts as a byte
     for text in texts:
         logp = policy(torch.tensor([text]))[0].log_softmax(-1)
-        for t, token in enumerate(text[1:]):
-            nats -= logp[t, token].item()
-            count += 1
-            end = token == tokenizer.eos_token
-            size += 1 if end else len(tokenizer.encoding.decode_single_token_bytes(token))
+        nats += [-logp[t, token].item() for t, token in enumerate(text[1:])]
+        size += sum(len(tokenizer.encoding.decode_single_token_bytes(token)) for token in text[1:-1])
     table = train.to_rows(texts, 8)
-    assert train.nll(policy, table, "sum").item() == pytest.approx(nats, rel=1e-5)
-    assert train.nll(policy, table, "mean").item() == pytest.approx(nats / count, rel=1e-5)
-    bits = nats / math.log(2)
+    assert train.nll(policy, table, "sum").item() == pytest.approx(sum(nats), rel=1e-5)
+    assert train.nll(policy, table, "mean").item() == pytest.approx(fmean(nats), rel=1e-5)
+    bits = sum(nats) / math.log(2)
     assert train.bits_per_byte(policy, table, tokenizer, 2) == pytest.approx(bits / size, rel=1e-5)
 
 
 def test_maximum_likelihood_reaches_the_entropy_of_the_texts():
-    """Of four equally likely texts of one given and three drawn tokens: log 4 nats."""
+    """Of four equally likely texts: log 4 nats."""
     texts = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2], [0, 2, 1, 3], [0, 3, 2, 1]] * 16)
     policy = GPT(GPTConfig(4, 8, 1, 2, 16), torch.Generator().manual_seed(0))
     config = SimpleNamespace(pretrain_steps=200, pretrain_batch=16, pretrain_lr=1e-2, dtype="float32")
-    before = train.nll(policy, texts, "sum").item() / len(texts)
     train.maximize_likelihood(policy, texts, config, torch.Generator().manual_seed(0))
     after = train.nll(policy, texts, "sum").item() / len(texts)
-    assert before == pytest.approx(3 * math.log(4), rel=0.05)
     assert math.log(4) <= after < 1.05 * math.log(4)
 
 
@@ -556,20 +499,17 @@ def test_evaluate_reports_means_over_held_out_prompts(world):
 def test_eval_repeats_the_figures_of_a_run_and_changes_nothing(out, capsys):
     assert go(out, "--name", "judged") is None
     after, before = read(out / "judged" / "result.json")["after"], contents(out)
+    table = re.findall(r"^(\S.*?) +-?\d+\.\d+ +(-?\d+\.\d+)$", capsys.readouterr().out, re.M)
+    assert [float(value) for _, value in table] == pytest.approx([*after.values()], abs=6e-4)
 
     def evaluated(*options):
-        """{label: figure} that --eval prints."""
-        capsys.readouterr()
+        """The [(label, figure)] that --eval prints."""
         assert train.main(["--eval", str(out / "judged"), "--task", str(out / "mine.py"), *options]) is None
-        return dict(re.findall(r"^(\S.*?) +(-?\d+\.\d+)$", capsys.readouterr().out, re.M))
+        return re.findall(r"^(\S.*?) +(-?\d+\.\d+)$", capsys.readouterr().out, re.M)
 
-    printed, cold = evaluated(), evaluated("--temperature", "0.01")
-    labels = {"reward": "reward", "± (95%)": "reward_ci", "reward, greedy": "greedy", "ended": "ended",
-              "KL to the reference, nats": "kl", "entropy, nats": "entropy", "length, tokens": "length",
-              "distinct words": "distinct_1", "distinct pairs of words": "distinct_2"}
-    for label, name in labels.items():
-        assert float(printed[label]) == pytest.approx(after[name], abs=6e-4), label
-    assert float(cold["entropy, nats"]) < float(printed["entropy, nats"])
+    assert evaluated() == table
+    label = "entropy, nats"
+    assert float(dict(evaluated("--temperature", "0.01"))[label]) < float(dict(table)[label])
     assert contents(out) == before
 
 
@@ -586,91 +526,64 @@ def test_a_task_file_brings_its_corpus_reward_and_metric(tmp_path, monkeypatch, 
         assert re.search(rf"^{label} +{value} +{value}$", table, re.M)
     assert read(run / "result.json")["metric"] == "politeness"
     assert read(run / "config.json")["task"] == str(tmp_path / "mine.py")  # to be found from any directory
-    assert load_checkpoint(run)[0].config.vocab_size < 512  # the corpus has fewer tokens than were asked for
 
 
 def test_a_file_is_not_executed_because_a_run_names_it(tmp_path, capsys):
     file = task_file(tmp_path)
-    assert go(tmp_path) is None
-    run = tmp_path / "mine-trpo-0"
-    file.write_text(TASK + f"open({str(tmp_path / 'executed')!r}, 'w')")
+    assert go(tmp_path, "--name", "run") is None
+    file.write_text("raise SystemExit(7)")
     for action in ("--eval", "--resume"):
         with pytest.raises(SystemExit) as e:
-            train.main([action, str(run)])
+            train.main([action, str(tmp_path / "run")])
         assert e.value.code == 2
         assert f"--task {file}" in capsys.readouterr().err
-        assert not (tmp_path / "executed").exists()
-    assert train.main(["--eval", str(run), "--task", str(file)]) is None
-    assert (tmp_path / "executed").exists()
 
 
-def test_chinese_is_learned_and_written(tmp_path, capsys):
-    poem = ["床前明月光，疑是地上霜。", "举头望明月，低头思故乡。",
-            "春眠不觉晓，处处闻啼鸟。", "夜来风雨声，花落知多少。"]
-    source = f"corpus = {poem} * 20\nprompts, heldout = ['床前', '举头', '春眠'], ['夜来']\n"
-    task_file(tmp_path, source + "def reward(prompt, completion): return completion.count('月')")
-    options = "--vocab-size 512 --block-size 48 --max-new-tokens 40 --pretrain-steps 300 --n-embd 32"
-    assert go(tmp_path, *options.split(), "--iterations", 0) is None
-    capsys.readouterr()
-    rollout.main([str(tmp_path / "mine-trpo-0"), "--prompt", "举头", "--greedy", "-n", "1"])
-    assert capsys.readouterr().out == "举头望明月，低头思故乡。\n"
-
-
-def faulty(fault):
-    """A task whose reward fails in the third iteration.
-
-    An evaluation of 16 completions, which asks for reward and metric, and of a greedy one makes 33 calls; two
-    iterations make 32.
-    """
-    return TASK.replace("def reward", "def honest") + f"""
-calls = []
-
+@pytest.mark.parametrize("fault", ["[][completion]", "return 1e999"])
+def test_a_run_survives_a_reward_that_fails_or_is_not_finite(tmp_path, capsys, fault):
+    """In the third iteration: two iterations make 32 calls. An evaluation of 16 completions, which asks for
+    reward and metric, and of a greedy one makes 33."""
+    source = TASK.replace("def reward", "calls = []\n\ndef honest") + f"""
 def reward(prompt, completion):
     calls.append(prompt)
     if len(calls) == 33 + 32 + 3:
         {fault}
     return honest(prompt, completion)
 """
+    file, run = task_file(tmp_path, source), tmp_path / "broken"
+    command = ("--iterations", 4, "--save-every", 2, "--name")
+    if fault == "return 1e999":
+        assert go(tmp_path, *command, "broken") == 3
+        says = "error: reward returned inf for the prompt 'the (cat|dog)' and .*\n"
+        assert re.fullmatch(says, capsys.readouterr().err)
+    else:
+        with pytest.raises(TypeError) as e:
+            go(tmp_path, *command, "broken")
+        text = "".join(traceback.format_exception(e.value))
+        text += capsys.readouterr().err  # where Python 3.10, which has no notes, prints it
+        assert f'File "{file}"' in text and "list indices" in text
+        assert re.search("^it came with the prompt 'the (cat|dog)' and the completion '", text, re.M)
 
-
-def resumes_as_if_nothing_had_been(folder):
-    """The run `broken`, once its task is mended, against a run without a fault."""
-    run, file = folder / "broken", task_file(folder, faulty("pass"))
-    _, _, _, more = load_checkpoint(run)
-    assert len(more["history"]) == 2
+    assert len(load_checkpoint(run)[3]["history"]) == 2
     assert not (run / "result.json").exists()
+    task_file(tmp_path, source.replace(fault, "pass"))
     assert train.main(["--resume", str(run), "--task", str(file)]) is None
-    assert go(folder, "--iterations", 4, "--name", "whole") is None
-    return rows(run) == rows(folder / "whole")
+    assert go(tmp_path, *command, "whole") is None
+    assert rows(run) == rows(tmp_path / "whole")
 
 
-def test_an_error_in_a_reward_keeps_its_traceback_and_the_checkpoint(tmp_path, capsys):
-    file = task_file(tmp_path, faulty("[][completion]"))
-    with pytest.raises(TypeError) as e:
-        go(tmp_path, "--iterations", 4, "--save-every", 2, "--name", "broken")
-    text = "".join(traceback.format_exception(e.value))
-    text += capsys.readouterr().err  # where Python 3.10, which has no notes, prints it
-    assert f'File "{file}"' in text and "list indices" in text
-    assert re.search("^it came with the prompt 'the (cat|dog)' and the completion '", text, re.M)
-    assert resumes_as_if_nothing_had_been(tmp_path)
-
-
-# Numbers that are not finite.
-
-def test_a_reward_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
-    task_file(tmp_path, faulty("return 1e999"))
-    assert go(tmp_path, "--iterations", 4, "--save-every", 2, "--name", "broken") == 3
-    err = capsys.readouterr().err
-    assert re.fullmatch("error: reward returned inf for the prompt 'the (cat|dog)' and .*\n", err)
-    assert resumes_as_if_nothing_had_been(tmp_path)
-
-
-@pytest.mark.parametrize("value, status", [("float('nan')", 3), ("None", 2), ("'good'", 2)])
-def test_a_reward_that_fails_in_the_first_evaluation_leaves_no_run(tmp_path, capsys, value, status):
+@pytest.mark.parametrize("options, value, status, says", [
+    (("--pretrain-steps", 1), "float('nan')", 3, "reward returned .*number"),
+    (("--pretrain-steps", 1), "None", 2, "reward returned .*number"),
+    (("--pretrain-steps", 1), "'good'", 2, "reward returned .*number"),
+    (("--pretrain-lr", 1e9), "1", 3, "the .* is (nan|inf): .*"),
+])
+def test_what_fails_before_rl_leaves_no_run(tmp_path, capsys, options, value, status, says):
     task_file(tmp_path, TASK.replace("len(completion) / 10", value))
-    assert go(tmp_path, "--pretrain-steps", 1) == status
-    assert re.fullmatch("error: reward returned .*number\n", capsys.readouterr().err)
-    assert not (tmp_path / "mine-trpo-0").exists()
+    assert go(tmp_path, *options) == status
+    assert re.fullmatch(f"error: {says}\n", capsys.readouterr().err)
+    kept = {"pretrained"} if "--pretrain-steps" in options else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.py"} | kept
 
 
 @pytest.mark.parametrize("algo", ["reinforce", "ppo"])
@@ -679,12 +592,4 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(out, capsys, algo):
     err = capsys.readouterr().err
     assert re.fullmatch("error: the .* is (nan|inf|-inf): take smaller steps .*\n", err)
     policy, reference, _, more = load_checkpoint(out / f"wild-{algo}")
-    assert more["history"] == []
-    assert same_weights(policy, reference)
-
-
-def test_pretraining_that_diverges_leaves_nothing(tmp_path, capsys):
-    task_file(tmp_path)
-    assert go(tmp_path, "--pretrain-lr", 1e9) == 3
-    assert re.fullmatch("error: the .* is (nan|inf): .*\n", capsys.readouterr().err)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    assert more["history"] == [] and same_weights(policy, reference)
