@@ -213,8 +213,8 @@ def check(config, parser):
         parser.error(f"--batch-size {c.batch_size} must be at least --minibatches {c.minibatches}")
     if c.advantage in ("rloo", "grpo") and c.group_size < 2:
         parser.error(f"--advantage {c.advantage} needs --group-size 2 or more, to compare within a prompt")
-    if c.name and Path(c.name).name != c.name or c.name == "..":
-        parser.error(f"--name {c.name} must be a plain name: the directory above it is --out")
+    if c.name and Path(c.name).name != c.name or c.name in ("..", "pretrained"):
+        parser.error(f"--name {c.name} must be a plain name, not pretrained: the directory above it is --out")
     if c.tensorboard and not importlib.util.find_spec("tensorboard"):
         parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
 

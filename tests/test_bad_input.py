@@ -104,7 +104,7 @@ COMMANDS = """
 """
 MORE_COMMANDS = """
     --task ; --task '' => no task ; --algo trpo, => --algo ; --algo trpo,dqn => dqn ; --tensorboard 1 => 1
-    --out /proc/nowhere => /proc/nowhere ; --name file --overwrite => --name
+    --out /proc/nowhere => /proc/nowhere ; --name file --overwrite => file
     --device cuda:77 => cuda:77 ; --device toaster => toaster ; --device meta => meta
     --block-size 12 => context ; --advantage grpo --group-size 1 => --group-size
     --batch-size 1 --group-size 1 => --minibatches ; --seeds 2 --iterations 0
