@@ -33,6 +33,12 @@ def masked_mean(x, mask):
     return all_sum(x.masked_fill(~mask, 0).sum()) / all_sum(mask.sum())
 
 
+def mean_and_variance(x, mask):
+    """Those of x (B, T) over the actions of the batch."""
+    mean = masked_mean(x, mask)
+    return mean, masked_mean((x - mean) ** 2, mask)
+
+
 def token_rewards(scores, mask, logprobs, ref_logprobs, kl_coef):
     """r_t = -β (log π(a_t|s_t) - log π_ref(a_t|s_t)) for each action, plus the score on the last one.
 
@@ -63,10 +69,11 @@ def discounted_returns(rewards, mask, gamma):
 def gae(rewards, values, mask, gamma, lam, bootstrap=None):
     """Generalized advantage estimation: A_t = Σ_k (γλ)^k δ_{t+k}, with δ_t = r_t + γ V(s_{t+1}) - V(s_t).
 
-    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return less the baseline V.
+    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return less the baseline V. V is 0 after the last action: a text
+    that is cut at its longest length ends there, as one that ended by itself, and its score is final.
     rewards, values, mask: (B, T), values the critic's V(s_t) before action t.  gamma, lam: in [0, 1].
-    bootstrap: (B,) the value of the state after the last action, where a time limit ended the episode early;
-    None where all episodes ended by themselves.
+    bootstrap: (B,) the value of the state after the last action, where an episode was interrupted that would
+    have gone on to earn rewards; None, as for all texts, where none was.
     Returns advantages (B, T) and returns (B, T) = advantages + values, the critic's targets.
     Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage
     Estimation", equation 16.
@@ -106,32 +113,33 @@ def group_normalize(scores, group_size, eps=1e-4):
 
 def whiten(x, mask, eps=1e-8):
     """x (B, T) shifted and scaled to mean 0 and variance 1 over the actions; 0 elsewhere."""
-    n = all_sum(mask.sum())
-    mean = all_sum(x[mask].sum()) / n
-    var = all_sum(((x[mask] - mean) ** 2).sum()) / n
-    return ((x - mean) * (var + eps).rsqrt()).masked_fill(~mask, 0)
+    mean, variance = mean_and_variance(x, mask)
+    return ((x - mean) * (variance + eps).rsqrt()).masked_fill(~mask, 0)
 
 
-# What --advantage chooses from: (rewards, values, mask, config) -> advantages and critic's targets, (B, T).
-# Without a critic the values are zero.
+# What --advantage chooses from: (rewards, scores, values, mask, config) -> advantages and critic's targets,
+# (B, T). rewards (B, T) are those of `token_rewards`, scores (B,) included. Without a critic the values are 0.
 
-def from_returns(rewards, values, mask, config):
+def from_returns(rewards, scores, values, mask, config):
     returns = discounted_returns(rewards, mask, config.gamma)
     return returns, returns
 
 
-def from_gae(rewards, values, mask, config):
+def from_gae(rewards, scores, values, mask, config):
     return gae(rewards, values, mask, config.gamma, config.lam)
 
 
 def from_group(relative):
-    """Every action of an episode gets its total reward, KL penalty included, relative to the prompt's group.
+    """Every action of an episode gets its score and its KL penalty, both relative to the prompt's group.
 
-    relative: leave_one_out or group_normalize. gamma and lam play no part.
+    relative: leave_one_out or group_normalize, for the scores. The penalty is never normalized: where all
+    scores of a group are equal, its noise would become as large as a difference of scores, whatever β is.
+    gamma and lam play no part.
     """
-    def estimate(rewards, values, mask, config):
-        totals = rewards.masked_fill(~mask, 0).sum(1)  # (B,)
-        return relative(totals, config.group_size)[:, None] * mask, totals[:, None] * mask
+    def estimate(rewards, scores, values, mask, config):
+        totals = rewards.masked_fill(~mask, 0).sum(1)  # (B,) score less KL penalty
+        penalties = leave_one_out(totals - scores, config.group_size)
+        return (relative(scores, config.group_size) + penalties)[:, None] * mask, totals[:, None] * mask
     return estimate
 
 

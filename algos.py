@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from advantage import all_sum, masked_mean, processes
+from advantage import all_sum, masked_mean, mean_and_variance, processes
 
 
 @dataclass
@@ -27,9 +27,12 @@ class Batch:
     logprobs: torch.Tensor  # (B, T) log π_old(a_t|s_t)
     advantages: torch.Tensor  # (B, T)
     returns: torch.Tensor  # (B, T) the critic's targets
+    values: torch.Tensor  # (B, T) V(s_t) before the critic is fitted to them; 0 without a critic
+    ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t), and
+    scores: torch.Tensor = None  # (B,) each episode's reward: for a loss of your own, as in tests/examples
 
     def rows(self, index):
-        return Batch(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+        return Batch(*(None if x is None else x[index] for x in vars(self).values()))
 
 
 # Shared pieces.
@@ -152,13 +155,18 @@ def ppo(policy, batch, optimizer, config, generator=None):
 
 
 def fit_critic(critic, batch, optimizer, config, generator=None):
-    """Fit the values to the returns by least squares: critic_epochs of minibatch steps. Returns the loss."""
-    losses = []
+    """Fit the values to the returns by least squares: critic_epochs of minibatch steps. Returns diagnostics.
+
+    The loss is divided by the returns' variance, so that its gradient does not depend on the reward's unit.
+    """
+    _, variance = mean_and_variance(batch.returns, batch.mask)
+    variance = variance.clamp(min=1e-8)
+    unexplained, losses = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance, []
     for _, mb in minibatches(batch, config.critic_epochs, config.minibatches, generator):
-        loss = masked_mean((critic(mb.obs) - mb.returns) ** 2, mb.mask)
+        loss = masked_mean((critic(mb.obs) - mb.returns) ** 2, mb.mask) / variance
         gradient_step(critic, loss, optimizer, config.max_grad_norm)
         losses.append(loss.item())
-    return {"critic_loss": sum(losses) / len(losses)}
+    return {"critic_loss": sum(losses) / len(losses), "explained_variance": 1 - unexplained.item()}
 
 
 # Second order.

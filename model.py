@@ -166,8 +166,8 @@ class Critic(nn.Module):
     """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the expected return.
 
     A separate network: a value head on the policy's trunk would move the policy while it is fitted, outside
-    any trust region. `policy`, where given, provides the trunk's initial weights. The head starts at zero,
-    and so does every value.
+    any trust region. `policy`, where given, provides the trunk's initial weights. The head starts at zero, so
+    that every value is the mean in `set_units`, at first 0. The head predicts deviations from that mean.
     """
 
     def __init__(self, config, policy=None):
@@ -176,11 +176,29 @@ class Critic(nn.Module):
         self.value_head = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.register_buffer("mean", torch.tensor(0.0))  # of the returns
+        self.register_buffer("std", torch.tensor(1.0))  # the head's unit
         if policy is not None:
             self.transformer.load_state_dict(policy.transformer.state_dict())
 
     def forward(self, tokens):
-        return self.value_head(self.transformer(tokens)).to(self.value_head.weight.dtype).squeeze(-1)
+        deviation = self.value_head(self.transformer(tokens)).to(self.std.dtype).squeeze(-1)
+        return self.mean + self.std * deviation
+
+    @torch.no_grad()
+    def set_units(self, mean, std):
+        """Predict in units of returns of this mean and standard deviation, so that their size does not matter.
+
+        A fitted critic's values stay the same, those of a new one become the mean. mean, std: 0-d tensors.
+        PopArt: van Hasselt et al. 2016, "Learning values across many orders of magnitude".
+        """
+        std = torch.where(std > 0, std, self.std)
+        weight, bias = self.value_head.weight, self.value_head.bias
+        if weight.any():
+            weight *= self.std / std
+            bias.copy_((self.mean + self.std * bias - mean) / std)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
 
 
 # GPT-2's weights, in files as Hugging Face writes them.

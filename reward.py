@@ -4,6 +4,7 @@ A built-in task is a function of a seed that returns a Task; `TASKS` names them.
 Python file that defines the same names: corpus, prompts, heldout, reward and, optionally, metric.
 """
 
+import math
 import random
 import re
 import runpy
@@ -47,15 +48,21 @@ def words(text):
     return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
 
 
-def distinct_n(texts, n):
-    """Different n-grams of words as a share of all in the texts; 1.0 if there are none. Li et al. 2016."""
+def distinct_n(texts, n, count=1000):
+    """Different n-grams of words, as a share of the first `count` in the texts; nan where there are fewer.
+
+    The number is fixed, since the share falls as it grows: longer texts would seem less diverse.
+    Li et al. 2016, who divide by the number of words.
+    """
     grams = [gram for w in map(words, texts) for gram in zip(*(w[i:] for i in range(n)))]
-    return len(set(grams)) / len(grams) if grams else 1.0
+    return len(set(grams[:count])) / count if len(grams) >= count else math.nan
 
 
-def repetition(prompt, completion):
-    """The share of the completion's pairs of words that it had said before, in [0, 1]."""
-    return 1 - distinct_n([completion], 2)
+def repetition(prompt, completion, window=20):
+    """The share of the completion's pairs of words that are among the `window` pairs before them, in [0, 1]."""
+    said = words(completion)
+    pairs = list(zip(said, said[1:]))
+    return sum(pair in pairs[max(0, i - window):i] for i, pair in enumerate(pairs)) / max(1, len(pairs))
 
 
 def contains(word):

@@ -10,11 +10,12 @@ import math
 import os
 import signal
 import sys
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import regex  # comes with tiktoken: re has no \p{L}
 import tiktoken
-import tiktoken._educational
 import torch
 
 from model import GPT, BadInput, GPTConfig, load_gpt2, save_gpt2
@@ -25,6 +26,39 @@ from model import GPT, BadInput, GPTConfig, load_gpt2, save_gpt2
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 OUR_SPLIT = GPT2_SPLIT.replace(r" ?\p{L}+", r"\p{Han}| ?(?:(?!\p{Han})\p{L})+")
 SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
+
+
+def learn_merges(texts, most):
+    """Byte-pair encoding: merge the most frequent pair of neighbours within a word into a token, and repeat.
+
+    Returns the tokens, as bytes, in the order of their merges: at most `most`, fewer where no pair is left.
+    Sennrich et al. 2016, algorithm 1, with the counts of the pairs kept up to date.
+    """
+    words = Counter(word for text in texts for word in regex.findall(OUR_SPLIT, text))
+    pieces = {word: [bytes([byte]) for byte in word.encode()] for word in words}
+    counts, found_in = Counter(), defaultdict(set)  # of each pair of neighbours: how often, in which words
+
+    def count(word, sign):
+        for pair in zip(pieces[word], pieces[word][1:]):
+            counts[pair] += sign * words[word]
+            found_in[pair].add(word)
+
+    for word in words:
+        count(word, 1)
+    tokens = []
+    while len(tokens) < most and any(counts.values()):
+        pair = max(counts, key=lambda pair: (counts[pair], pair))  # of equally frequent ones the last in order
+        tokens.append(pair[0] + pair[1])
+        for word in found_in[pair].copy():
+            count(word, -1)
+            piece, i = pieces[word], 0
+            while i < len(piece) - 1:
+                if (piece[i], piece[i + 1]) == pair:
+                    piece[i:i + 2] = [tokens[-1]]
+                i += 1
+            count(word, 1)
+        del counts[pair], found_in[pair]
+    return tokens
 
 
 class Tokenizer:
@@ -39,24 +73,9 @@ class Tokenizer:
         self.eos_token, self.vocab_size = encoding.eot_token, encoding.n_vocab
 
     @classmethod
-    def learn(cls, texts, vocab_size, sample_size=20_000):
-        """Learn at most vocab_size ≥ 257 tokens: 256 bytes, merges, the end of text.
-
-        sample_size: characters to learn from, in pieces from all over the texts; the time grows with it.
-        Where there is too little to merge, the number of merges is halved until there is enough.
-        """
-        pieces = [text[i:i + 1000] for text in texts for i in range(0, len(text), 1000)]
-        stride = max(1, sum(map(len, texts)) // sample_size)
-        data = "\n".join(pieces[::stride])  # about sample_size characters
-        merges = min(vocab_size - 257, len(data.encode()))
-        while True:
-            try:
-                ranks = tiktoken._educational.bpe_train(data, 256 + merges, OUR_SPLIT, visualise=None)
-                return cls.from_merges(list(ranks)[256:])
-            except ValueError:  # no pair is left to merge
-                if merges <= 0:
-                    raise
-                merges //= 2
+    def learn(cls, texts, vocab_size):
+        """Learn at most vocab_size ≥ 257 tokens: 256 bytes, merges, the end of text."""
+        return cls.from_merges(learn_merges(texts, vocab_size - 257))
 
     @classmethod
     def from_merges(cls, merges):

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -27,7 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from advantage import ADVANTAGES, all_sum, masked_mean, processes, token_rewards, whiten
+from advantage import (ADVANTAGES, all_sum, discounted_returns, masked_mean, mean_and_variance, processes,
+                       token_rewards, whiten)
 from algos import (Batch, check_finite, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs,
                    ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
@@ -109,13 +111,14 @@ class Config:
     critic_lr: float = option(1e-3, "Adam learning rate of the critic", 0)
     critic_epochs: int = option(2, "passes over the batch (critic)", 1)
     eval_episodes: int = option(1000, "sampled completions per evaluation", 2)
+    eval_every: int = option(0, "iterations between evaluations, 0: before and after RL alone", 0)
     save_every: int = option(5, "iterations between checkpoints", 1)
 
 
 # Options that come with the weights of --init.
 INHERITED = ("tokenizer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 # The options that make sense beside --resume, --eval and --plot.
-TAKES = {"resume": ("task", "iterations", "save_every", "device", "threads", "tensorboard"),
+TAKES = {"resume": ("task", "iterations", "eval_every", "save_every", "device", "threads", "tensorboard"),
          "eval": ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads", "dtype"),
          "plot": ("out", "name")}
 
@@ -263,7 +266,7 @@ def pretrained(config, task, device):
         if not config.pretrain_steps:
             return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
     relevant = ("pretrain_seed", "pretrain_steps", "pretrain_batch", "pretrain_lr", "dtype", *INHERITED)
-    key = hashlib.sha256(json.dumps([getattr(config, name) for name in relevant] + [task.corpus]).encode())
+    key = hashlib.sha256(json.dumps([task.corpus, *(getattr(config, name) for name in relevant)]).encode())
     if policy:
         for tensor in policy.state_dict().values():
             key.update(tensor.cpu().numpy())
@@ -281,13 +284,14 @@ def pretrained(config, task, device):
         policy = GPT(GPTConfig(tokenizer.vocab_size, *sizes), generator).to(device)
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
     rows = to_rows(texts, config.block_size)
-    if len(rows) < 2:
-        raise BadInput(f"the corpus of {config.task} needs two texts, or one longer than --block-size tokens")
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, config.block_size)
-    rows = rows[torch.randperm(len(rows), generator=generator)]
-    n = min(1000, math.ceil(len(rows) / 100))  # the first n rows are held out
-    maximize_likelihood(policy, rows[n:], config, generator)
-    figures = {"bits_per_byte": bits_per_byte(policy, rows[:n], tokenizer, config.pretrain_batch),
+    distinct, which = rows.unique(dim=0, return_inverse=True)  # rows = distinct[which]
+    if len(distinct) < 2:
+        raise BadInput(f"the corpus of {config.task} needs two different texts, or one longer than --block-size tokens")
+    shuffled = torch.randperm(len(distinct), generator=generator)
+    held_out = torch.isin(which, shuffled[:min(1000, math.ceil(len(distinct) / 100))])  # with all their copies
+    maximize_likelihood(policy, rows[~held_out], config, generator)
+    figures = {"bits_per_byte": bits_per_byte(policy, rows[held_out], tokenizer, config.pretrain_batch),
                "seconds": time.perf_counter() - start}
     if processes()[0] == 0:
         save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=figures)
@@ -327,24 +331,24 @@ def maximize_likelihood(policy, rows, config, generator):
     """Fit the policy to rows (N, T+1): AdamW with warm-up and linear decay of the learning rate."""
     (rank, count), steps, device = processes(), config.pretrain_steps, next(policy.parameters()).device
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    start, total = time.perf_counter(), 0.0
-    lengths, batches = (rows >= 0).sum(1), []
+    start, nats, tokens = time.perf_counter(), 0.0, 0
+    lengths, batches = (rows >= 0).sum(1) - 1, []  # of a row, the tokens to predict
     for step in range(1, steps + 1):
         if not batches:  # draw 8, of rows of like length each, so that little is computed on padding
             drawn = torch.randint(len(rows), (8 * config.pretrain_batch,), generator=generator)
+            mean_tokens = lengths[drawn].sum().item() / 8  # of all 8 alike, or short texts would weigh more
             drawn = drawn[lengths[drawn].argsort()].view(8, -1)
             batches = list(drawn[torch.randperm(8, generator=generator)])
-        part = rows[batches.pop(0).tensor_split(count)[rank]]  # this process's share
-        tokens = (part[:, 1:] >= 0).sum().to(device)
+        batch = batches.pop(0)
         with mixed(config, device):
-            loss = nll(policy, part, "sum") / all_sum(tokens)
+            total = nll(policy, rows[batch.tensor_split(count)[rank]], "sum")  # of this process's share
         optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / 50, 1 - step / (steps + 1))
-        gradient_step(policy, loss, optimizer, max_grad_norm=1.0)
-        total += all_sum(loss.detach()).item()
+        gradient_step(policy, total / mean_tokens, optimizer, max_grad_norm=1.0)
+        nats, tokens = nats + all_sum(total.detach()).item(), tokens + lengths[batch].sum().item()
         if step % 100 == 0:
-            print(f"pretrain {step:5d}/{steps}  loss {total / 100:.3f} nats per token  "
+            print(f"pretrain {step:5d}/{steps}  loss {nats / tokens:.3f} nats per token  "
                   f"{time.perf_counter() - start:.0f} s", flush=True)
-            total = 0.0
+            nats, tokens = 0.0, 0
 
 
 # Episodes.
@@ -396,9 +400,13 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     obs, actions = tokens[:, :-1], tokens[:, 1:]  # (B, T)
     scores = torch.tensor(score(task.reward, prompts, episodes.completions), device=mask.device)  # (B,)
     rewards = token_rewards(scores, mask, episodes.logprobs, episodes.ref_logprobs, config.kl_coef)
-    with torch.no_grad():
-        values = critic(obs) if critic else torch.zeros_like(rewards)
-    advantages, returns = ADVANTAGES[config.advantage](rewards, values, mask, config)
+    values = torch.zeros_like(rewards)
+    if critic:
+        mean, variance = mean_and_variance(discounted_returns(rewards, mask, config.gamma), mask)
+        critic.set_units(mean, variance.sqrt())
+        with torch.no_grad():
+            values = critic(obs)
+    advantages, returns = ADVANTAGES[config.advantage](rewards, scores, values, mask, config)
     if config.whiten:
         advantages = whiten(advantages, mask)
     per_action = lambda x: masked_mean(x, mask).item()
@@ -407,19 +415,20 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
              "entropy": per_action(episodes.entropy),
              "length": per_episode([text.length for text in episodes.completions]),
              "ended": per_episode([text.ended for text in episodes.completions])}
-    if critic:
-        variance = per_action((returns - per_action(returns)) ** 2)
-        stats["explained_variance"] = 1 - per_action((returns - values) ** 2) / max(variance, 1e-8)
-    return Batch(obs, actions, mask, episodes.logprobs, advantages, returns), stats
+    if config.advantage in ("rloo", "grpo"):
+        groups = scores.view(-1, config.group_size)
+        stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1).tolist())
+    return Batch(obs, actions, mask, episodes.logprobs, advantages, returns, values, episodes.ref_logprobs,
+                 scores), stats
 
 
 def evaluate(task, policy, reference, tokenizer, config):
     """Complete held-out prompts, sampled and greedily, with the same random numbers at every call.
 
-    Returns figures and the sampled (prompt, completion) pairs. Figures: means over completions (reward with
-    half of its 95% interval, metric, length, ended; greedy is the metric of greedy completions) and over
-    actions (kl, entropy), and distinct words and pairs of words of all completions. Raises BadInput for
-    prompts too long.
+    Returns figures and the sampled completions, {prompt, completion, reward, metric} each. Figures: means
+    over completions (reward with half of its 95% interval, metric, length, ended; greedy is the metric of
+    greedy completions) and over actions (kl, entropy), and the diversity of the completions. The interval is
+    that of the prompts' means: completions of one prompt are alike. Raises BadInput for prompts too long.
     """
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
@@ -429,22 +438,24 @@ def evaluate(task, policy, reference, tokenizer, config):
             part = prompts[start:start + config.batch_size]
             yield part, run_episodes(policy, reference, part, tokenizer, config, temperature, generator)
 
-    pairs, rewards, metrics, kl, H, greedy = [], [], [], [], [], []
+    texts, rewards, metrics, kl, H, greedy = [], [], [], [], [], []
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
     for part, episodes in complete(prompts, config.temperature):
-        pairs += zip(part, episodes.completions)
+        texts += episodes.completions
         rewards += score(task.reward, part, episodes.completions)
         metrics += score(task.metric, part, episodes.completions)
         kl.append(episodes.kl[episodes.rollout.mask])
         H.append(episodes.entropy[episodes.rollout.mask])
     for part, episodes in complete(task.heldout, temperature=0):
         greedy += score(task.metric, part, episodes.completions)
-    texts = [completion for _, completion in pairs]
-    return {"reward": fmean(rewards), "reward_ci": 1.96 * stdev(rewards) / math.sqrt(len(rewards)),
-            "metric": fmean(metrics), "greedy": fmean(greedy), "kl": torch.cat(kl).mean().item(),
-            "entropy": torch.cat(H).mean().item(), "distinct_1": distinct_n(texts, 1),
-            "distinct_2": distinct_n(texts, 2), "length": fmean(text.length for text in texts),
-            "ended": fmean(text.ended for text in texts)}, pairs
+    n = min(len(task.heldout), len(prompts))  # prompt i is completed in rows i, i + n, i + 2n, …
+    _, half = interval([fmean(rewards[i::n]) for i in range(n)])
+    columns = {"prompt": prompts, "completion": texts, "reward": rewards, "metric": metrics}
+    return {"reward": fmean(rewards), "reward_ci": half, "metric": fmean(metrics), "greedy": fmean(greedy),
+            "kl": torch.cat(kl).mean().item(), "entropy": torch.cat(H).mean().item(),
+            "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
+            "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)
+            }, [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def metric_name(task):
@@ -452,20 +463,31 @@ def metric_name(task):
 
 
 def print_completions(before, after, count=6):
-    """Print completions of the same prompts, (prompt, completion) pairs, before and after RL."""
-    for (prompt, old), (_, new) in list(zip(before, after))[:count]:
-        print(f"\nbefore  {prompt}{old}\nafter   {prompt}{new}")
+    """Print completions of the same prompts before and after RL."""
+    for old, new in list(zip(before, after))[:count]:
+        print(f"\nbefore  {old['prompt']}{old['completion']}\nafter   {new['prompt']}{new['completion']}")
 
 
 def print_figures(task, **columns):
     """Print the figures of `evaluate`. columns: {title: figures}."""
     metric = metric_name(task)
     labels = {"reward": "reward", "reward_ci": "± (95%)", "metric": metric, "greedy": f"{metric}, greedy",
-              "kl": "KL to the reference, nats", "entropy": "entropy, nats", "distinct_1": "distinct words",
-              "distinct_2": "distinct pairs of words", "length": "length, tokens", "ended": "ended"}
-    print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>10}" for title in columns))
+              "kl": "KL to the reference, nats", "entropy": "entropy, nats",
+              "distinct_1": "distinct of 1,000 words", "distinct_2": "of 1,000 pairs of words",
+              "length": "length, tokens", "ended": "ended"}
+    print(f"\n{'on prompts held out of RL':25}" + "".join(f"{title:>10}" for title in columns))
     for name, label in labels.items():
         print(f"{label:25}" + "".join(f"{figures[name]:10.3f}" for figures in columns.values()))
+
+
+# What is said once, when it is first true of the rows of metrics.csv so far.
+WARNINGS = {
+    "fewer than half as many completions end as at first: a larger --kl-coef may help":
+        lambda rows: rows[-1]["ended"] < rows[0]["ended"] / 2,
+    "over ten iterations the critic was worse than a constant: a smaller --critic-lr or more --critic-epochs "
+    "may help": lambda rows: len(rows) > 10 and fmean(r.get("explained_variance", 0) for r in rows[-10:]) < 0,
+    "in most groups all scores are equal and teach nothing: a larger --group-size may help":
+        lambda rows: rows[-1].get("equal_groups", 0) > 0.5}
 
 
 def print_iteration(history, iterations):
@@ -474,6 +496,9 @@ def print_iteration(history, iterations):
     print(f"{done:4d}/{iterations}  reward {row['reward']:+.3f}  kl {row['kl']:.4f}  "
           f"entropy {row['entropy']:.3f}  {row['seconds']:.2f} s, {left:.0f} s left"
           + "  no step" * (row.get("accepted") == 0), flush=True)
+    for warning, holds in WARNINGS.items():
+        if holds(history) and not any(holds(history[:i]) for i in range(1, done)):
+            print(f"warning: {warning}", flush=True)
 
 
 # One run.
@@ -482,7 +507,7 @@ def write_json(path, data):
     write_atomically(path, lambda file: file.write((json.dumps(data, indent=2) + "\n").encode()))
 
 
-RUN_FILES = ("checkpoint.pt", "result.json", "metrics.csv")
+RUN_FILES = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples.jsonl")
 
 
 def check_name(run, config, resume):
@@ -538,6 +563,22 @@ def log(run, history, events):
         events.flush()
 
 
+def log_evaluation(run, iteration, figures, samples):
+    """Add an evaluation to eval.csv and samples.jsonl, after those of earlier iterations alone.
+
+    So what a resumed run repeats takes the place of what it wrote before it was interrupted.
+    """
+    lines = {"eval.csv": [",".join(f"{value:.6g}" for value in (iteration, *figures.values()))],
+             "samples.jsonl": [json.dumps({"iteration": iteration, **sample}) for sample in samples]}
+    for name, new in lines.items():
+        old = (run / name).read_text().splitlines() if (run / name).exists() else []
+        is_earlier = lambda line: int(re.search(r"\d+", line)[0]) < iteration  # a line's first number
+        header = [",".join(["iteration", *figures])] if name == "eval.csv" else []
+        kept = header + [line for line in old[len(header):] if is_earlier(line)]
+        text = "\n".join(kept + new) + "\n"
+        write_atomically(run / name, lambda file: file.write(text.encode()))
+
+
 def open_events(run, done):
     """A TensorBoard writer that replaces the events after `done` iterations."""
     from torch.utils.tensorboard import SummaryWriter
@@ -566,7 +607,7 @@ def train(config, resume=False):
         history, pretraining = restore(parts, saved, checkpoint)
         if config.iterations < len(history) or config.iterations == len(history) and result.exists():
             raise BadInput(f"{run} has done {len(history)} iterations: give more --iterations")
-    before, texts_before = evaluate(task, reference, reference, tokenizer, config)
+    before, samples_before = evaluate(task, reference, reference, tokenizer, config)
 
     def save():
         if rank == 0:
@@ -574,8 +615,16 @@ def train(config, resume=False):
             save_checkpoint(checkpoint, policy, tokenizer, reference=reference.state_dict(), **states,
                             config=asdict(config), pretraining=pretraining, history=history)
 
+    def evaluate_now(iteration):
+        figures, samples = evaluate(task, policy, reference, tokenizer, config)
+        if rank == 0:
+            log_evaluation(run, iteration, figures, samples)
+        return figures, samples
+
     if rank == 0:
         begin(run, config, resume)
+        if not resume:
+            log_evaluation(run, 0, before, samples_before)
     save()
     events = open_events(run, len(history)) if config.tensorboard and rank == 0 else None
     size = sum(p.numel() for p in policy.parameters())
@@ -595,16 +644,18 @@ def train(config, resume=False):
         if rank == 0:
             log(run, history, events)
         print_iteration(history, config.iterations)
+        if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
+            print_figures(task, **{f"after {iteration}": evaluate_now(iteration)[0]})
         if iteration % config.save_every == 0 or iteration == config.iterations:
             save()
 
-    after, texts_after = evaluate(task, policy, reference, tokenizer, config)
+    after, samples_after = evaluate_now(len(history))
     seconds = sum(row["seconds"] for row in history)
     if rank == 0:
         write_json(result, {"metric": metric_name(task), "before": before, "after": after, "seconds": seconds,
                             "pretraining": pretraining, "processes": count,
                             "threads": torch.get_num_threads(), "torch": torch.__version__})
-    print_completions(texts_before, texts_after)
+    print_completions(samples_before, samples_after)
     print_figures(task, before=before, after=after)
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
 
@@ -630,16 +681,17 @@ def read_run(run):
         raise BadInput(f"{run} is not a finished run ({type(e).__name__}): give directories as in runs/NAME")
 
 
-# The 97.5% quantiles of Student's t distribution for 1 to 9 degrees of freedom. That of 9 serves for more.
+# The 97.5% quantiles of Student's t distribution for 1 to 9 degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def interval(values):
-    """The mean of independent values and half of its 95% interval, 0 for a single value."""
+    """The mean of independent values and half of its 95% interval, nan for a single value."""
     n = len(values)
     if n == 1:
-        return values[0], 0.0
-    return fmean(values), T_QUANTILES[min(n - 1, 9) - 1] * stdev(values) / math.sqrt(n)
+        return values[0], math.nan
+    quantile = T_QUANTILES[n - 2] if n <= 10 else 1.96 + 2.72 / (n - 1)  # correct to 0.01
+    return fmean(values), quantile * stdev(values) / math.sqrt(n)
 
 
 def compare(runs, path):
@@ -693,7 +745,7 @@ def plot(groups, path):
 
 
 # Options that a run may change between its start and its end.
-INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "tensorboard", "save_every")
+INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "tensorboard", "eval_every", "save_every")
 
 
 def is_finished(config):
@@ -754,8 +806,8 @@ def main(argv=None):
         elif args.eval:
             policy, reference, tokenizer, _ = load_checkpoint(run, set_up(config))
             task = load_task(config.task, config.pretrain_seed)
-            figures, pairs = evaluate(task, policy, reference, tokenizer, config)
-            print(*(prompt + completion for prompt, completion in pairs[:6]), sep="\n")
+            figures, samples = evaluate(task, policy, reference, tokenizer, config)
+            print(*(sample["prompt"] + sample["completion"] for sample in samples[:6]), sep="\n")
             print_figures(task, after=figures)
         elif is_comparison(config, args):
             train_all(argv, config, args)
