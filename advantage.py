@@ -69,11 +69,11 @@ def discounted_returns(rewards, mask, gamma):
 def gae(rewards, values, mask, gamma, lam, bootstrap=None):
     """Generalized advantage estimation: A_t = Σ_k (γλ)^k δ_{t+k}, with δ_t = r_t + γ V(s_{t+1}) - V(s_t).
 
-    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return less the baseline V. V is 0 after the last action: a text
-    that is cut at its longest length ends there, as one that ended by itself, and its score is final.
+    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return less the baseline V. After the last action V is 0, also
+    where a text is cut at its longest length: its score is final, so that nothing follows.
     rewards, values, mask: (B, T), values the critic's V(s_t) before action t.  gamma, lam: in [0, 1].
-    bootstrap: (B,) the value of the state after the last action, where an episode was interrupted that would
-    have gone on to earn rewards; None, as for all texts, where none was.
+    bootstrap: (B,) the value of the state after the last action, where a time limit interrupted an episode
+    that would have gone on to earn rewards; None where all ended, as texts do.
     Returns advantages (B, T) and returns (B, T) = advantages + values, the critic's targets.
     Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage
     Estimation", equation 16.
@@ -118,7 +118,7 @@ def whiten(x, mask, eps=1e-8):
 
 
 # What --advantage chooses from: (rewards, scores, values, mask, config) -> advantages and critic's targets,
-# (B, T). rewards (B, T) are those of `token_rewards`, scores (B,) included. Without a critic the values are 0.
+# (B, T). rewards (B, T): of `token_rewards`, scores (B,) included.  values (B, T): 0 without a critic.
 
 def from_returns(rewards, scores, values, mask, config):
     returns = discounted_returns(rewards, mask, config.gamma)

@@ -187,7 +187,7 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def set_units(self, mean, std):
-        """Predict in units of returns of this mean and standard deviation, so that their size does not matter.
+        """Predict in units of returns with this mean and standard deviation: their size does not matter then.
 
         A fitted critic's values stay the same, those of a new one become the mean. mean, std: 0-d tensors.
         PopArt: van Hasselt et al. 2016, "Learning values across many orders of magnitude".

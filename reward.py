@@ -59,7 +59,7 @@ def distinct_n(texts, n, count=1000):
 
 
 def repetition(prompt, completion, window=20):
-    """The share of the completion's pairs of words that are among the `window` pairs before them, in [0, 1]."""
+    """The share of the completion's pairs of words that are among the `window` pairs before, in [0, 1]."""
     said = words(completion)
     pairs = list(zip(said, said[1:]))
     return sum(pair in pairs[max(0, i - window):i] for i, pair in enumerate(pairs)) / max(1, len(pairs))

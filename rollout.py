@@ -47,7 +47,7 @@ def learn_merges(texts, most):
         count(word, 1)
     tokens = []
     while len(tokens) < most and any(counts.values()):
-        pair = max(counts, key=lambda pair: (counts[pair], pair))  # of equally frequent ones the last in order
+        pair = max(counts, key=lambda pair: (counts[pair], pair))  # a tie is broken by the order of bytes
         tokens.append(pair[0] + pair[1])
         for word in found_in[pair].copy():
             count(word, -1)

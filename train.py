@@ -40,7 +40,7 @@ from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, load_checkpoint, lo
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
 # Defaults that differ by advantage, algorithm, task, and weights of --init: the last of these four wins.
-# Those of addition were found by trial on another corpus (--pretrain-seed 1), the others on the task itself.
+# Those of addition's RL were found by trial on another corpus (--pretrain-seed 1), the others on the task itself.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
@@ -48,7 +48,7 @@ DEFAULTS = {
     "ppo": dict(lr=5e-4),
     "reviews": dict(vocab_size=620, max_new_tokens=44),
     "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8,
-                     pretrain_steps=3000, pretrain_batch=128, pretrain_lr=3e-3, kl_coef=0.01,
+                     pretrain_steps=4500, pretrain_batch=64, pretrain_lr=3e-3, kl_coef=0.01,
                      iterations=150, group_size=1, lr=1e-4, damping=1.0),
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
     "init": dict(pretrain_steps=0),
@@ -287,15 +287,16 @@ def pretrained(config, task, device):
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, config.block_size)
     distinct, which = rows.unique(dim=0, return_inverse=True)  # rows = distinct[which]
     if len(distinct) < 2:
-        raise BadInput(f"the corpus of {config.task} needs two different texts, or one longer than --block-size tokens")
+        raise BadInput(f"the corpus of {config.task} needs two different texts, or one beyond --block-size")
     shuffled = torch.randperm(len(distinct), generator=generator)
-    held_out = torch.isin(which, shuffled[:min(1000, math.ceil(len(distinct) / 100))])  # with all their copies
+    held_out = torch.isin(which, shuffled[:min(1000, math.ceil(len(distinct) / 100))])  # with every copy
     maximize_likelihood(policy, rows[~held_out], config, generator)
     figures = {"bits_per_byte": bits_per_byte(policy, rows[held_out], tokenizer, config.pretrain_batch),
                "seconds": time.perf_counter() - start}
     if processes()[0] == 0:
         save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=figures)
-    print(f"pretrained weights to {path}: {figures['bits_per_byte']:.3f} bits per held-out byte")
+    size = f"{tokenizer.vocab_size} of at most {max(tokenizer.vocab_size, config.vocab_size)} tokens"
+    print(f"pretrained weights to {path}: {size}, {figures['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, figures
 
 
@@ -480,7 +481,7 @@ def print_figures(task, **columns):
         print(f"{label:25}" + "".join(f"{figures[name]:10.3f}" for figures in columns.values()))
 
 
-# What is said once, when it is first true of the rows of metrics.csv so far.
+# {warning: whether it holds for the rows of metrics.csv so far}. Each is printed once.
 WARNINGS = {
     "fewer than half as many completions end as at first: a larger --kl-coef may help":
         lambda rows: rows[-1]["ended"] < rows[0]["ended"] / 2,
@@ -490,15 +491,16 @@ WARNINGS = {
         lambda rows: rows[-1].get("equal_groups", 0) > 0.5}
 
 
-def print_iteration(history, iterations):
+def print_iteration(history, iterations, warned):
+    """Print the last row of metrics.csv, and warnings but those in the set `warned`, which it adds to."""
     row, done = history[-1], len(history)
     left = fmean(row["seconds"] for row in history) * (iterations - done)
     print(f"{done:4d}/{iterations}  reward {row['reward']:+.3f}  kl {row['kl']:.4f}  "
           f"entropy {row['entropy']:.3f}  {row['seconds']:.2f} s, {left:.0f} s left"
           + "  no step" * (row.get("accepted") == 0), flush=True)
-    for warning, holds in WARNINGS.items():
-        if holds(history) and not any(holds(history[:i]) for i in range(1, done)):
-            print(f"warning: {warning}", flush=True)
+    for warning in [w for w, holds in WARNINGS.items() if w not in warned and holds(history)]:
+        warned.add(warning)
+        print(f"warning: {warning}", flush=True)
 
 
 # One run.
@@ -592,7 +594,8 @@ def train(config, resume=False):
     checkpoint, result = run / "checkpoint.pt", run / "result.json"
     if rank == 0:
         check_name(run, config, resume)
-    task, history = load_task(config.task, config.pretrain_seed), []  # the rows of metrics.csv
+    task, warned = load_task(config.task, config.pretrain_seed), set()
+    history = []  # the rows of metrics.csv
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(checkpoint, device)
     else:
@@ -623,9 +626,9 @@ def train(config, resume=False):
 
     if rank == 0:
         begin(run, config, resume)
-        if not resume:
-            log_evaluation(run, 0, before, samples_before)
     save()
+    if rank == 0 and not history:
+        log_evaluation(run, 0, before, samples_before)
     events = open_events(run, len(history)) if config.tensorboard and rank == 0 else None
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, {device}, "
@@ -643,7 +646,7 @@ def train(config, resume=False):
         history.append({"iteration": iteration, **stats, "seconds": time.perf_counter() - start})
         if rank == 0:
             log(run, history, events)
-        print_iteration(history, config.iterations)
+        print_iteration(history, config.iterations, warned)
         if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
             print_figures(task, **{f"after {iteration}": evaluate_now(iteration)[0]})
         if iteration % config.save_every == 0 or iteration == config.iterations:
@@ -687,11 +690,11 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def interval(values):
     """The mean of independent values and half of its 95% interval, nan for a single value."""
-    n = len(values)
-    if n == 1:
-        return values[0], math.nan
+    n, mean = len(values), fmean(values)
+    if n == 1 or not math.isfinite(mean):
+        return mean, math.nan
     quantile = T_QUANTILES[n - 2] if n <= 10 else 1.96 + 2.72 / (n - 1)  # correct to 0.01
-    return fmean(values), quantile * stdev(values) / math.sqrt(n)
+    return mean, quantile * stdev(values) / math.sqrt(n)
 
 
 def compare(runs, path):

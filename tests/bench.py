@@ -80,7 +80,7 @@ def make(size):
     with torch.no_grad():
         logprobs = chosen(log_probs(policy, obs, 1.0), actions)
     advantages = torch.randn(B, T, generator=generator)
-    return policy, Batch(obs, actions, mask, logprobs, advantages, advantages)
+    return policy, Batch(obs, actions, mask, logprobs, advantages, advantages, 0 * advantages)
 
 
 @torch.no_grad()

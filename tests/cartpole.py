@@ -99,7 +99,7 @@ def collect(policy, critic, config, generator):
         logp = chosen(log_probs(policy, obs[:, :-1], config.temperature), actions)
     bootstrap = values[:, -1] * cut  # a fallen pole earns nothing more; a cut episode would have gone on
     advantages, returns = gae(mask.float(), values[:, :-1], mask, config.gamma, config.lam, bootstrap)
-    return Batch(obs[:, :-1], actions, mask, logp, whiten(advantages, mask), returns)
+    return Batch(obs[:, :-1], actions, mask, logp, whiten(advantages, mask), returns, values[:, :-1])
 
 
 def learn(algo, seed, show=lambda line: None):

@@ -168,19 +168,36 @@ def test_each_estimator_is_the_function_of_its_name():
     rewards, values = numbers(0), numbers(1)
     returns = discounted_returns(rewards, MASK, 0.9)
     totals = torch.stack([rewards[b, m].sum() for b, m in enumerate(MASK)])
+    scores = numbers(2)[:, 0]
+    relative = group_normalize(scores, 3) + leave_one_out(totals - scores, 3)  # KL penalty: in its own unit
     spread = lambda per_episode: per_episode[:, None].expand(6, 6) * MASK
     expected = {"gae": gae(rewards, values, MASK, 0.9, 0.6), "returns": (returns, returns),
                 "rloo": (spread(leave_one_out(totals, 3)), spread(totals)),
-                "grpo": (spread(group_normalize(totals, 3)), spread(totals))}
+                "grpo": (spread(relative), spread(totals))}
     assert expected.keys() == ADVANTAGES.keys()
     for name, estimate in ADVANTAGES.items():
-        for ours, truth in zip(estimate(rewards, values, MASK, CONFIG), expected[name]):
+        for ours, truth in zip(estimate(rewards, scores, values, MASK, CONFIG), expected[name]):
             torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_a_group_of_equal_scores_learns_the_kl_penalty_in_proportion_to_its_coefficient(estimator):
+    def advantages(beta):
+        scores = torch.full((6,), 0.7, dtype=torch.float64)
+        rewards = token_rewards(scores, MASK, numbers(0), numbers(1), beta)
+        return ADVANTAGES[estimator](rewards, scores, None, MASK, CONFIG)[0]
+
+    unit = advantages(1.0)
+    assert unit.abs().max() > 0.1
+    for beta in (0.0, 1e-6, 0.01, 0.1):
+        torch.testing.assert_close(advantages(beta), beta * unit, rtol=1e-6, atol=1e-9)
+
+
 def test_inputs_outside_the_mask_are_ignored():
+    scores = torch.ones(6, dtype=torch.float64)
+
     def outputs(rewards, values):
-        yield from (f(rewards, values, MASK, CONFIG) for f in ADVANTAGES.values())
+        yield from (f(rewards, scores, values, MASK, CONFIG) for f in ADVANTAGES.values())
         yield whiten(rewards, MASK), masked_mean(rewards, MASK)
         yield token_rewards(torch.ones(6, dtype=torch.float64), MASK, rewards, values, 0.1),
 

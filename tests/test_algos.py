@@ -96,7 +96,7 @@ def make_batch(policy, temperature=1.0, seed=1):
     advantages, returns = rand(2, B, T, seed=seed + 1)
     with torch.no_grad():
         logprobs = chosen(log_probs(policy, obs, temperature), actions)
-    return Batch(obs, actions, mask, logprobs, advantages, returns)
+    return Batch(obs, actions, mask, logprobs, advantages, returns, torch.zeros_like(returns))
 
 
 def action_states(batch):
@@ -280,7 +280,8 @@ def test_clipped_ratios_have_no_gradient(ratio, advantage, objective, slope):
     p = policy.logits.detach().softmax(-1)[0]
     state, action = torch.tensor([[0]]), torch.tensor([[1]])
     column = lambda x: torch.as_tensor(x, dtype=torch.float64).view(1, 1)
-    batch = Batch(state, action, column(1).bool(), column((p[1] / ratio).log()), column(advantage), column(0))
+    batch = Batch(state, action, column(1).bool(), column((p[1] / ratio).log()), column(advantage), column(0),
+                  column(0))
     step, stats = move(ppo, policy, batch)
     assert stats["loss"] == pytest.approx(-objective)
     assert stats["clip_fraction"] == float(not 0.8 <= ratio <= 1.2)
@@ -290,7 +291,7 @@ def test_clipped_ratios_have_no_gradient(ratio, advantage, objective, slope):
 
 
 def test_minibatches_hold_every_row_once_an_epoch_in_new_orders():
-    batch = Batch(*(torch.arange(10)[:, None] for _ in range(6)))
+    batch = Batch(*(torch.arange(10)[:, None] for _ in range(7)))
     parts = list(minibatches(batch, 3, 4, generator()))
     assert len(parts) == 12
     assert {len(index) for index, _ in parts} == {2, 3}
@@ -335,6 +336,20 @@ def test_ppo_ends_once_the_kl_exceeds_its_target(policy):
         assert len(recorder.seen) == 4  # the old policy, the step, the KL that ends it, the KL reported
 
 
+@pytest.mark.parametrize("before, after, kl, steps", [(0.5, 0.99, 1.614, 1), (0.01, 0.5, 0.637, 3)])
+def test_ppo_ends_by_the_kl_from_the_old_policy_to_the_new_one(before, after, kl, steps):
+    """Of two actions: KL(old‖new) is above the target of 1 and KL(new‖old) below it, and the reverse."""
+    log_odds = lambda p: math.log(p / (1 - p))
+    policy = Table(torch.tensor([[log_odds(before), 0.0]], dtype=torch.float64))
+    column = lambda x: torch.as_tensor(x, dtype=torch.float64).view(1, 1)
+    index, zero = torch.zeros(1, 1, dtype=torch.long), column(0)
+    batch = Batch(index, index, column(1).bool(), column(math.log(before)), column(1), zero, zero)
+    rate = (log_odds(after) - log_odds(before)) / (2 * (1 - before))  # the step by ∇log π(a) = 1_a - p
+    stats = run(ppo, policy, batch, sgd(policy, rate), epochs=3, target_kl=1.0)
+    assert policy.logits.softmax(-1)[0, 0].item() == pytest.approx(after)
+    assert (stats["steps"], stats["kl_update"]) == (steps, pytest.approx(kl, abs=1e-3))
+
+
 def test_ppo_ends_where_the_policy_is_no_longer_a_number():
     policy = Table(rand(V, V))
     stats = run(ppo, policy, make_batch(policy), sgd(policy, math.inf), epochs=5)
@@ -350,8 +365,10 @@ def test_critic_fit_is_least_squares_on_the_actions(policy):
     X, y = batch.obs[batch.mask], batch.returns[batch.mask]
     critic = Linear(3)
     step, stats = move(fit_critic, critic, batch)
-    torch.testing.assert_close(step, 2 * X.T @ y / len(y))  # minus the gradient of mean (X w - y)² at w = 0
-    assert stats["critic_loss"] == pytest.approx((y ** 2).mean().item())
+    variance = y.var(unbiased=False)
+    torch.testing.assert_close(step, 2 * X.T @ y / len(y) / variance)  # minus the loss's gradient at w = 0
+    assert stats["critic_loss"] == pytest.approx(((y ** 2).mean() / variance).item())
+    assert stats["explained_variance"] == pytest.approx(1 - stats["critic_loss"])  # the batch's values are 0
     run(fit_critic, critic, batch, sgd(critic, 0.1), critic_epochs=300)
     torch.testing.assert_close(critic.w.detach(), torch.linalg.lstsq(X, y[:, None]).solution[:, 0])
 
@@ -363,7 +380,8 @@ def test_critic_fit_passes_over_the_minibatches(policy):
     parts = [mb for _, mb in minibatches(batch, 3, 2, generator())]
     assert [obs.tolist() for obs in critic.seen] == [mb.obs.tolist() for mb in parts]
     losses = [(mb.returns[mb.mask] ** 2).mean().item() for mb in parts]  # the critic's values are 0
-    assert stats["critic_loss"] == pytest.approx(sum(losses) / 6)
+    variance = batch.returns[batch.mask].var(unbiased=False).item()
+    assert stats["critic_loss"] == pytest.approx(sum(losses) / 6 / variance)
 
 
 # Conjugate gradient.

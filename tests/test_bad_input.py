@@ -149,7 +149,7 @@ VALUES = """
     --max-new-tokens 0 ; --temperature 0 inf ; --kl-coef -1 ; --gamma -0.1 1.1 nan ; --lam 2 nan
     --whiten 2 yes ; --lr -1 inf x ; --max-grad-norm -1 ; --epochs 0 ; --minibatches 0 17 ; --clip -1 1e39
     --target-kl -1 ; --delta -1 ; --cg-iters 0 ; --damping -1 ; --fisher-fraction 0 1.5 ; --critic-lr x -1
-    --critic-epochs 0 ; --eval-episodes 1 ; --save-every 0
+    --critic-epochs 0 ; --eval-episodes 1 ; --eval-every -1 ; --save-every 0
 """
 SAMPLING_VALUES = """
     -n x 99999999999 ; --temperature -1 0 nan ; --max-new-tokens 0 ; --seed -1 ; --top-k -1 ; --top-p 0 1.5

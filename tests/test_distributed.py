@@ -54,7 +54,7 @@ def my_batch(policy):
     noise = rand(B, T)
     obs, actions = tokens[:, :-1], tokens[:, 1:]
     logp = chosen(log_probs(policy, obs, TEMPERATURE), actions).detach()
-    whole = Batch(obs, actions, mask, logp + 0.02 * noise.sin(), 2 * noise + 1, noise)
+    whole = Batch(obs, actions, mask, logp + 0.02 * noise.sin(), 2 * noise + 1, noise, noise.cos())
     rank, count = processes()
     mine = whole.rows(slice(rank * B // count, (rank + 1) * B // count))
     mine.advantages = whiten(mine.advantages, mine.mask)
@@ -89,7 +89,19 @@ def whole_batch_results():
     vector = rand(sum(p.numel() for p in policy.parameters()))
     return update_results(WHOLE, generator) | {
         "mean": masked_mean(batch.returns, batch.mask),
-        "fisher": fisher_vector_product(policy, batch, TEMPERATURE)(vector)}
+        "fisher": fisher_vector_product(policy, batch, TEMPERATURE)(vector),
+        "pretraining": pretraining_result()}
+
+
+def pretraining_result():
+    """What five steps of pretraining add to the weights, on texts of several lengths."""
+    policy = make_policy()
+    before = flatten(policy.parameters()).detach()
+    texts = [torch.randint(V, (2 + i % 7,), generator=generator(i)).tolist() for i in range(40)]
+    rows = train.to_rows(texts, 8)
+    config = SimpleNamespace(pretrain_steps=5, pretrain_batch=6, pretrain_lr=1e-2, dtype="float32")
+    train.maximize_likelihood(policy, rows, config, generator())
+    return flatten(policy.parameters()).detach() - before
 
 
 def collected():
@@ -194,7 +206,7 @@ def test_a_process_that_dies_ends_the_job_and_the_run_can_be_resumed(job):
     assert resumed.stdout.count("everything is in") == 1  # one process prints for all
     assert len(rows(folder / "whole")) == 4
     assert rows(folder / "cut") == rows(folder / "whole")
-    files = {"config.json", "metrics.csv", "checkpoint.pt", "result.json"}
+    files = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "eval.csv", "samples.jsonl"}
     for run in ("cut", "whole"):
         assert {path.name for path in (folder / run).iterdir()} == files
 

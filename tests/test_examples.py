@@ -3,11 +3,17 @@
 import json
 import math
 import re
+import runpy
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train
-from helpers import ROOT, TINY
+from algos import Batch, chosen
+from helpers import ROOT, SMALL, TINY, rows, task_file
 from reward import Text, load_task
 
 EXAMPLES = ROOT / "tests" / "examples"
@@ -74,6 +80,44 @@ def test_translate_rewards_english_word_order():
     assert task.reward(prompt, " the black cat sees the white dog") == pytest.approx(1)
     assert 0 < task.reward(prompt, " the cat black sees the dog white") < 0.5
     assert task.reward(prompt, "") == 0
+
+
+def test_published_grpo_is_the_gradient_of_its_objective(monkeypatch):
+    """One step on one minibatch: ∇ of the mean over episodes of each one's mean of A log π - β k3."""
+    monkeypatch.setattr(train, "ALGOS", {**train.ALGOS})
+    grpo = runpy.run_path(str(EXAMPLES / "grpo.py"))["grpo"]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    policy = torch.nn.Embedding.from_pretrained(logits.clone(), freeze=False)
+    obs, actions = torch.randint(5, (2, 6, 4), generator=generator)
+    mask = torch.arange(4) < torch.tensor([4, 1, 2, 3, 4, 2])[:, None]
+    logprobs = chosen(logits.log_softmax(-1)[obs], actions)
+    ref_logprobs = logprobs - torch.rand(6, 4, generator=generator, dtype=torch.float64)
+    scores = torch.tensor([1, 0, 0, 0.5, 0.5, 0.5], dtype=torch.float64)
+    nothing = torch.full((6, 4), math.nan)  # what it must not read
+    batch = Batch(obs, actions, mask, logprobs, nothing, nothing, nothing, ref_logprobs, scores)
+    config = SimpleNamespace(temperature=1.0, clip=0.2, epochs=1, minibatches=1, max_grad_norm=1e9,
+                             kl_coef=0.3, group_size=3)
+    grpo(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config, None)
+
+    deviation = math.sqrt(1 / 3)  # of 1, 0, 0
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    for b, t in mask.nonzero().tolist():
+        advantage = 0 if b >= 3 else (scores[b] - 1 / 3) / (deviation + 1e-4)
+        slope = advantage - 0.3 * (1 - (ref_logprobs[b, t] - logprobs[b, t]).exp())  # ∂k3 = 1 - π_ref/π
+        score = -logits[obs[b, t]].softmax(-1)
+        score[actions[b, t]] += 1
+        expected[obs[b, t]] += slope * score / mask[b].sum() / 6
+    torch.testing.assert_close(policy.weight.detach() - logits, expected)
+
+
+def test_published_grpo_trains(tmp_path):
+    task = task_file(tmp_path)
+    options = [*TINY, *SMALL, "--algo", "grpo", "--out", tmp_path, "--task", task]
+    command = [sys.executable, EXAMPLES / "grpo.py", *map(str, options)]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [math.isfinite(float(row["loss"])) for row in rows(tmp_path / "mine-grpo-0")] == [True, True]
 
 
 def test_readme_shows_sorting_as_it_is():

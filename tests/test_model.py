@@ -103,6 +103,24 @@ def test_critic_starts_at_zero_on_a_copy_of_the_policys_trunk(policy):
     torch.testing.assert_close(critic(TOKENS), 0.5 * policy.transformer(TOKENS).sum(-1))
 
 
+def test_other_units_do_not_change_what_a_fitted_critic_predicts(policy):
+    critic = Critic(CONFIG, policy).double()
+    units = lambda mean, std: critic.set_units(*torch.tensor([mean, std], dtype=torch.float64))
+    units(7.0, 2.0)
+    assert (critic(TOKENS) == 7).all()  # a new critic
+    nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    nn.init.constant_(critic.value_head.bias, 0.3)
+    values = critic(TOKENS)
+    by_hand = 7.6 + 2 * (critic.transformer(TOKENS) @ critic.value_head.weight[0])
+    torch.testing.assert_close(values, by_hand)
+    units(-500.0, 1000.0)
+    torch.testing.assert_close(critic(TOKENS), values)
+    assert critic.value_head.bias.item() == pytest.approx(507.6 / 1000)
+    units(3.0, 0.0)  # all returns are the same: the unit stays
+    torch.testing.assert_close(critic(TOKENS), values)
+    assert (critic.mean, critic.std) == (3, 1000)
+
+
 @pytest.mark.parametrize("sizes", [dict(n_embd=10, n_head=4), dict(n_layer=0), dict(vocab_size=0),
                                    dict(block_size=-1), dict(n_embd=48.0), dict(n_head="2")])
 def test_impossible_sizes_are_refused(sizes):

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from advantage import ADVANTAGES, token_rewards, whiten
+from advantage import ADVANTAGES, gae, token_rewards, whiten
 from algos import Batch, chosen, flatten, ppo, reinforce, trpo
 from model import GPT, Critic, GPTConfig
 
@@ -97,7 +97,7 @@ class Texts:
         policy = copy.deepcopy(self.policy)
         logp = self.log_probabilities(policy).detach()
         batch = Batch(self.tokens[rows, :-1], self.tokens[rows, 1:], self.mask[rows], logp[rows], advantages,
-                      advantages)
+                      advantages, 0 * advantages)
         config = SimpleNamespace(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1,
                                  target_kl=1, delta=0.01, cg_iters=1, damping=1e9, fisher_fraction=1.0)
         before = flatten(policy.parameters()).detach()
@@ -142,7 +142,7 @@ def test_the_policy_gradient_is_unbiased(texts, truth, estimator, update):
     """With a poor critic too, whose values depend on the state alone."""
     values = make_critic(5)(texts.tokens[:, :-1]).detach()
     assert values.std() > 0.3
-    advantages, _ = ADVANTAGES[estimator.split()[0]](texts.rewards, values, texts.mask, config())
+    advantages, _ = ADVANTAGES[estimator.split()[0]](texts.rewards, None, values, texts.mask, config())
     if estimator == "returns less a baseline":
         advantages = advantages - values
     assert_equal(texts.probabilities() @ texts.gradients(advantages, update), truth)
@@ -150,7 +150,7 @@ def test_the_policy_gradient_is_unbiased(texts, truth, estimator, update):
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_gae_with_the_true_values_is_unbiased_for_any_lambda(texts, truth, lam):
-    advantages, _ = ADVANTAGES["gae"](texts.rewards, texts.true_values(), texts.mask, config(lam=lam))
+    advantages, _ = ADVANTAGES["gae"](texts.rewards, None, texts.true_values(), texts.mask, config(lam=lam))
     assert_equal(texts.probabilities() @ texts.gradients(advantages), truth)
 
 
@@ -161,7 +161,8 @@ def expectation_over_pairs(texts, estimator):
     for i in range(len(p)):
         for j in range(len(p)):
             pair = [i, j]
-            advantages, _ = ADVANTAGES[estimator](texts.rewards[pair], None, texts.mask[pair],
+            rewards = texts.rewards[pair]
+            advantages, _ = ADVANTAGES[estimator](rewards, rewards.sum(1), None, texts.mask[pair],
                                                   config(group_size=2))
             gradient = advantages[:, 0] @ scores[pair]
             if (i, j) in ((3, 17), (30, 0)):
@@ -186,18 +187,86 @@ def test_the_kl_penalty_as_a_reward_has_the_gradient_of_the_kl(texts):
     logp = texts.log_probabilities(texts.policy).detach()
     ref_logp = texts.log_probabilities(make_policy(seed=1)).detach()
     rewards = token_rewards(scores, texts.mask, logp, ref_logp, beta)
-    advantages, _ = ADVANTAGES["returns"](rewards, None, texts.mask, config())
+    advantages, _ = ADVANTAGES["returns"](rewards, scores, None, texts.mask, config())
     truth = texts.exact_gradient(lambda logp: scores - beta * (logp - ref_logp).sum(1))
     assert_equal(texts.probabilities() @ texts.gradients(advantages), truth)
     without_penalty = texts.exact_gradient(scores)
     assert (truth - without_penalty).norm() > 0.1 * truth.norm()
 
 
+# The KL penalty, estimated by k1 = log π/π_ref, k2 = k1² / 2, k3 = π_ref/π - 1 + k1 (Schulman 2020,
+# "Approximating KL Divergence"), or exact in each state. As a reward it is a constant, as a loss it is
+# differentiated.
+
+def kl_estimates(policy, reference, texts):
+    """{name: (N, T)}, zero after the end."""
+    logp = policy(texts.tokens[:, :-1]).log_softmax(-1)
+    ref_logp = reference(texts.tokens[:, :-1]).log_softmax(-1).detach()
+    k1 = chosen(logp - ref_logp, texts.tokens[:, 1:])
+    estimates = {"k1": k1, "k2": k1 ** 2 / 2, "k3": (-k1).exp() - 1 + k1,
+                 "exact": (logp.exp() * (logp - ref_logp)).sum(-1)}
+    return {name: estimate * texts.mask for name, estimate in estimates.items()}
+
+
+def kl_gradients(texts, reference):
+    """The KL of texts, its gradient, and {name: (mean, gradient as a reward, gradient as a loss)}."""
+    policy, p = texts.policy, texts.probabilities()
+    gradient = lambda value: flatten(torch.autograd.grad(value, list(policy.parameters()), retain_graph=True))
+    logp, ref_logp = texts.log_probabilities(policy), texts.log_probabilities(reference).detach()
+    kl = (logp.sum(1).exp() * (logp - ref_logp).sum(1)).sum()
+    found = {}
+    for name, estimate in kl_estimates(policy, reference, texts).items():
+        advantages, _ = ADVANTAGES["returns"](estimate.detach(), None, None, texts.mask, config())
+        loss = p @ estimate.sum(1)  # p is a constant: what is sampled cannot be differentiated
+        found[name] = loss.item(), p @ texts.gradients(advantages), gradient(loss)
+    return kl.item(), gradient(kl), found
+
+
+def test_which_estimators_of_the_kl_have_its_gradient(texts):
+    reference = make_policy(seed=1)
+    kl, truth, found = kl_gradients(texts, reference)
+    means, as_reward, as_loss = ({name: row[i] for name, row in found.items()} for i in range(3))
+    assert means["k1"] == pytest.approx(kl) == means["k3"] == means["exact"]
+    assert means["k2"] != pytest.approx(kl, rel=1e-3)
+    assert_equal(as_reward["k1"], truth)
+    assert as_loss["k1"].norm() < 1e-9 * truth.norm()  # E[∇log π] = 0: it does nothing
+    assert_equal(as_loss["k2"], as_loss["exact"])  # of the KL in the states as they are visited now, and
+    assert_equal(as_loss["exact"] + as_reward["exact"], truth)  # of which states will be visited
+    wrong = [as_reward["k2"], as_reward["k3"], as_reward["exact"], as_loss["k2"], as_loss["k3"]]
+    assert all((gradient - truth).norm() > 0.05 * truth.norm() for gradient in wrong)
+
+    p = texts.probabilities()  # k3 as a loss is the KL the other way round, π_ref first
+    logp, ref_logp = (model(texts.tokens[:, :-1]).log_softmax(-1) for model in (texts.policy, reference))
+    reverse = p @ ((ref_logp.exp() * (ref_logp - logp)).sum(-1) * texts.mask).sum(1)
+    assert_equal(as_loss["k3"], flatten(torch.autograd.grad(reverse, list(texts.policy.parameters()))))
+
+
+# A text that is cut.
+
+def bias_at_the_cut(texts, truth, lam, bootstrap):
+    """|E g - ∇J| / |∇J| with the true values, and with bootstrap (N,) after the last action."""
+    advantages, _ = gae(texts.rewards, texts.true_values(), texts.mask, 1.0, lam, bootstrap)
+    return ((texts.probabilities() @ texts.gradients(advantages) - truth).norm() / truth.norm()).item()
+
+
+def values_at_the_cut(texts):
+    """What a critic that goes on as before would say after the last token of a text that is cut, else 0."""
+    cut = texts.mask[:, -1] & (texts.tokens[:, -1] != EOS)
+    return texts.true_values()[:, -1] * cut
+
+
+def test_a_value_after_the_longest_length_would_bias_the_gradient(texts, truth):
+    """The score of a text that is cut is final, so that nothing follows."""
+    for lam in (0.0, 0.95, 1.0):
+        assert bias_at_the_cut(texts, truth, lam, None) < 1e-6
+        assert bias_at_the_cut(texts, truth, lam, values_at_the_cut(texts)) > 0.05
+
+
 # Bias and variance.
 
 def bias_and_variance(texts, truth, values, gamma, lam):
     """Of a single text's gradient g: |E g - ∇J| / |∇J| with J undiscounted, and E|g - E g|² / |∇J|²."""
-    advantages, _ = ADVANTAGES["gae"](texts.rewards, values, texts.mask, config(gamma, lam))
+    advantages, _ = ADVANTAGES["gae"](texts.rewards, None, values, texts.mask, config(gamma, lam))
     p, g = texts.probabilities(), texts.gradients(advantages)
     mean = p @ g
     bias, variance = (mean - truth).norm(), p @ ((g - mean) ** 2).sum(1)
@@ -242,6 +311,24 @@ def main():
         for gamma in (1, 0.95, 0.8):
             for lam in (1, 0.95, 0.5, 0):
                 show(imperfect_values(texts, gamma), gamma, lam)
+
+    print("\npolicy  KL estimator   mean / KL   error and cosine of the gradient as a reward   as a loss")
+    for seed in range(3):
+        kl, truth, found = kl_gradients(Texts(make_policy(seed)), make_policy(seed + 1))
+        for name, (mean, *gradients) in found.items():
+            line = f"{seed:6d}  {name:12} {mean / kl:11.2f}"
+            for g in gradients:
+                error, cosine = (g - truth).norm() / truth.norm(), torch.cosine_similarity(g, truth, dim=0)
+                line += f" {error:20.2f} {cosine:12.2f}"
+            print(line)
+
+    print("\npolicy  lambda  bias with a value after the longest length, without")
+    for seed in range(3):
+        texts = Texts(make_policy(seed))
+        truth = texts.exact_gradient(texts.rewards.sum(1))
+        for lam in (1, 0.95, 0.5, 0):
+            biases = [bias_at_the_cut(texts, truth, lam, value) for value in (values_at_the_cut(texts), None)]
+            print(f"{seed:6d}  {lam:6.2f}  {biases[0]:8.3f} {biases[1]:8.3f}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import train
 from helpers import ROOT, SMALL, TINY, rows, task_file
 from rollout import load_checkpoint
 
-# Of twelve iterations; a checkpoint follows every third.
-OPTIONS = [*TINY, *SMALL, "--pretrain-steps", "10", "--iterations", "12", "--save-every", "3"]
+# Of twelve iterations; a checkpoint follows every third, an evaluation every fourth.
+OPTIONS = [*TINY, *SMALL, "--pretrain-steps", "10", "--iterations", "12", "--save-every", "3",
+           "--eval-every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,15 @@ def resume(run, *options):
 
 
 def outcome(run):
-    """All that a run leaves but times: metrics, figures, weights, and the state of both optimizers."""
+    """All that a run leaves but times: metrics, evaluations, weights, and the state of both optimizers."""
     policy, reference, _, more = load_checkpoint(run)
     result = json.loads((run / "result.json").read_text())
     states = [policy.state_dict(), reference.state_dict(), more["critic"]]
     states += [state for name in ("optimizer", "critic_optimizer") for state in more[name]["state"].values()]
     tensors = [tensor.tolist() for state in states for tensor in state.values()]
-    return rows(run), tensors, result["before"], result["after"], len(more["history"])
+    lines = [line for name in ("eval.csv", "samples.jsonl") for line in (run / name).read_text().splitlines()]
+    evaluations = [line for line in lines if int((re.search(r"\d+", line)[0])) in (0, 4, 8, 12)]
+    return rows(run), tensors, evaluations, result["after"]["reward"], len(more["history"])
 
 
 @pytest.fixture(scope="module")

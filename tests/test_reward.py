@@ -24,13 +24,26 @@ def test_words_are_lower_case_and_chinese_and_japanese_characters_are_words():
 
 
 def test_distinct_n_counts_by_hand():
-    assert distinct_n(["a b a b", "b a"], 1) == 2 / 6  # a, b of six words
-    assert distinct_n(["a b a b", "b a"], 2) == 2 / 4  # ab ba ab | ba: no pair across texts
-    assert distinct_n(["a", ""], 2) == 1.0
+    assert distinct_n(["a b a b", "b a"], 1, count=6) == 2 / 6  # a, b of six words
+    assert distinct_n(["a b a b", "b a"], 2, count=4) == 2 / 4  # ab ba ab | ba: no pair across texts
+    assert distinct_n(["a b a b", "b c"], 2, count=3) == 2 / 3  # of the first three alone
+    for texts in ([], ["a", ""], ["a b a b", "b a"]):
+        assert math.isnan(distinct_n(texts, 2, count=5))
+
+
+def test_distinct_n_does_not_depend_on_the_length_or_number_of_texts():
+    rng = random.Random(0)
+    text = lambda length: " ".join(str(rng.randrange(50)) for _ in range(length))
+    texts = lambda number, length: [text(length) for _ in range(number)]
+    shares = [distinct_n(texts(*shape), 2) for shape in ((1000, 3), (1000, 30), (100, 30))]
+    assert max(shares) - min(shares) < 0.05 and 0.7 < min(shares) and max(shares) < 0.9
 
 
 @pytest.mark.parametrize("reward, prompt, completion, value", [
     (repetition, "a b", "a b a b", pytest.approx(1 / 3)), (repetition, "a b", "c d e", 0),
+    (repetition, "", "", 0), (repetition, "", "a", 0),
+    (repetition, "", "a b " + " ".join(map(str, range(18))) + " a b", pytest.approx(1 / 21)),
+    (repetition, "", "a b " + " ".join(map(str, range(19))) + " a b", 0),  # more than 20 pairs apart
     (contains("Hello"), "", "Oh HELLO!", 1), (contains("hell"), "", "hello", 1),
     (contains("hello"), "hello", "hi there", 0), (fluency, "", Text("abc", fluency=-1.5), -1.5),
     *((length(4), "", "w " * n, value) for n, value in [(0, 0), (2, 0.5), (4, 1), (6, 0.5), (20, 0)]),

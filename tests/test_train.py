@@ -19,11 +19,12 @@ import reward
 import rollout
 import train
 from advantage import ADVANTAGES
+from algos import chosen, fit_critic
 from helpers import ROOT, SMALL, TASK, TINY, contents, rows, task_file
 from model import GPT, BadInput, Critic, GPTConfig, save_gpt2
 from rollout import Tokenizer, load_checkpoint, sample
 
-FILES = {"config.json", "metrics.csv", "checkpoint.pt", "result.json"}
+FILES = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "eval.csv", "samples.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,8 @@ def test_every_built_in_task_runs(tmp_path, task):
 @pytest.mark.parametrize("algo", train.ALGOS)
 def test_training_raises_the_reward(out, algo):
     task_file(out, """
-corpus = ["the cat sat.", "the dog sat.", "a cat sat.", "a dog sat."] * 30
+animals = ["cat", "dog", "cow"]
+corpus = [f"{a} {b} {c}." for a in ("the", "a") for b in animals for c in ("sat", "ran", "hid")] * 9
 prompts, heldout = ["the"], ["a"]
 
 def reward(prompt, completion):
@@ -180,7 +182,68 @@ def reward(prompt, completion):
     assert go(out, "--task", out / "dogs.py", *options.split(), "--algo", algo) is None
     result = read(out / f"dogs-{algo}-0" / "result.json")
     before, after = result["before"], result["after"]
-    assert after["reward"] - after["reward_ci"] > before["reward"] + before["reward_ci"]
+    assert after["reward"] > before["reward"] + 0.2  # standard errors are at most 0.035
+
+
+@pytest.mark.parametrize("algo", train.ALGOS)
+def test_the_unit_of_the_reward_changes_nothing(out, algo):
+    """Reward and β times 100: the same metrics, those in the unit of the reward times 100."""
+    task_file(out, TASK.replace("/ 10", "* 10"), "hundredfold.py")
+    tables = []
+    for file, beta in (("mine.py", 0.1), ("hundredfold.py", 10)):
+        options = ["--algo", algo, "--iterations", 3, "--kl-coef", beta, "--name", f"unit-{algo}-{beta}"]
+        assert go(out, *options, "--task", out / file) is None
+        tables.append(rows(out / f"unit-{algo}-{beta}"))
+    for one, other in zip(*tables):
+        assert float(other.pop("reward")) == pytest.approx(100 * float(one.pop("reward")), rel=1e-3)
+        for name, value in one.items():
+            rounding = 1e-2 if name == "cg_residual" else 1e-4  # what is left after ten products is rounding
+            assert float(other[name]) == pytest.approx(float(value), rel=1e-3, abs=rounding), name
+
+
+def test_evaluations_while_training_leave_their_figures_and_completions(out, capsys):
+    assert go(out, "--name", "seen", "--iterations", 5, "--eval-every", 2, "--save-every", 3) is None
+    result, run = read(out / "seen" / "result.json"), out / "seen"
+    assert re.findall("after [0-9]+$", capsys.readouterr().out, re.M)  == ["after 2", "after 4"]
+
+    def evaluations():
+        """{iteration: figures}, {iteration: completions}, of eval.csv and samples.jsonl."""
+        header, *lines = [line.split(",") for line in (run / "eval.csv").read_text().splitlines()]
+        table = {int(line[0]): dict(zip(header[1:], map(float, line[1:]))) for line in lines}
+        samples = {}
+        for line in (run / "samples.jsonl").read_text().splitlines():
+            sample = json.loads(line)
+            samples.setdefault(sample.pop("iteration"), []).append(sample)
+        return table, samples
+
+    figures, samples = evaluations()
+    assert [*figures] == [*samples] == [0, 2, 4, 5]
+    close = lambda figures: pytest.approx(figures, rel=1e-4, nan_ok=True)
+    assert figures[0] == close(result["before"]) and figures[5] == close(result["after"])
+    for i in figures:
+        assert len(samples[i]) == 16 and {*samples[i][0]} == {"prompt", "completion", "reward", "metric"}
+        assert figures[i]["reward"] == pytest.approx(fmean(s["reward"] for s in samples[i]), rel=1e-4)
+        assert all(s["reward"] == len(s["completion"]) / 10 for s in samples[i])
+
+
+@pytest.mark.parametrize("rows, warning", [
+    ([{"ended": 0.9}, {"ended": 0.5}], None), ([{"ended": 0.9}, {"ended": 0.4}], "fewer than half as many"),
+    ([{"ended": 1, "explained_variance": -1}] * 8, None),
+    ([{"ended": 1, "explained_variance": -1}] * 11, "worse than a constant"),
+    ([{"ended": 1, "explained_variance": x} for x in [-0.5] * 5 + [1] * 10], None),
+    ([{"ended": 1, "equal_groups": 0.5}], None),
+    ([{"ended": 1, "equal_groups": 0.6}], "all scores are equal")])
+def test_warnings_are_printed_once(rows, warning, capsys):
+    common, warned = dict(reward=0.0, kl=0.0, entropy=1.0, seconds=1.0), set()
+    rows = [{**common, **row} for row in rows]
+    for n in range(1, len(rows) + 1):
+        assert "warning" not in capsys.readouterr().out
+        train.print_iteration(rows[:n], 20, warned)
+    for row in rows[-1:] * 2:
+        rows.append(row)
+        train.print_iteration(rows, 20, warned)
+    printed = re.findall("^warning: (.*)$", capsys.readouterr().out, re.M)
+    assert [warning in line for line in printed] == [True] * (warning is not None)
 
 
 def test_an_existing_run_is_replaced_only_on_request(out, capsys):
@@ -222,7 +285,7 @@ def test_event_files_hold_the_metrics(out):
     ("--task addition --algo reinforce", dict(iterations=150, block_size=16)),
     ("--task hello --max-new-tokens 9", dict(max_new_tokens=9, block_size=48)),
     ("--task addition --init gpt2", dict(lr=1e-5, max_new_tokens=4, pretrain_steps=0, batch_size=16)),
-    ("--task addition --init a/checkpoint.pt", dict(lr=1e-4, pretrain_steps=0, pretrain_batch=128)),
+    ("--task addition --init a/checkpoint.pt", dict(lr=1e-4, pretrain_steps=0, pretrain_batch=64)),
     ("--task addition --init gpt2 --pretrain-steps 9 --algo ppo --lr 1", dict(lr=1.0, pretrain_steps=9)),
 ])
 def test_defaults_depend_on_the_task_the_algorithm_and_the_weights(options, expected):
@@ -245,7 +308,7 @@ def test_pretrained_weights_are_kept_for_exactly_what_decides_them(tmp_path, mon
                   iterations=1, batch_size=32, group_size=8, max_new_tokens=10, temperature=0.5, kl_coef=1,
                   gamma=0.9, lam=0.9, whiten=0, lr=1, max_grad_norm=2, epochs=1, minibatches=1, clip=0.1,
                   target_kl=1, delta=1, cg_iters=1, damping=1, fisher_fraction=1, critic_lr=1,
-                  critic_epochs=1, eval_episodes=2, save_every=1)
+                  critic_epochs=1, eval_episodes=2, eval_every=1, save_every=1)
     elsewhere = {"task", "init", "out", "overwrite", "tensorboard"}  # below, or without a value
     assert {*decisive, *others, *elsewhere} == {*asdict(train.Config())}
     files = kept()
@@ -364,6 +427,42 @@ def test_maximum_likelihood_reaches_the_entropy_of_the_texts():
     assert math.log(4) <= after < 1.05 * math.log(4)
 
 
+def test_every_token_weighs_the_same_in_pretraining_however_long_its_text(monkeypatch):
+    """Of texts of 3 and of 9 tokens, in batches of one length each. Were the loss of each token 1, that of a
+    batch would be its number of tokens, in units of the mean over its pool of eight batches."""
+    losses, rows = [], torch.full((64, 10), -100)
+    for i, row in enumerate(rows):
+        row[:4 if i % 2 else 10] = i % 2
+    monkeypatch.setattr(train, "gradient_step", lambda policy, loss, *_, **__: losses.append(loss.item()))
+    monkeypatch.setattr(train, "nll", lambda policy, part, reduction: (part[:, 1:] >= 0).sum().float())
+    config = SimpleNamespace(pretrain_steps=80, pretrain_batch=8, pretrain_lr=1e-2, dtype="float32")
+    train.maximize_likelihood(torch.nn.Linear(1, 1), rows, config, torch.Generator().manual_seed(0))
+    losses = torch.tensor(losses).view(10, 8)
+    torch.testing.assert_close(losses.mean(1), torch.ones(10))
+    torch.testing.assert_close(losses.amax(1) / losses.amin(1), torch.full((10,), 9 / 3))
+
+
+def test_the_loss_that_pretraining_prints_is_that_of_a_token(capsys):
+    rows = torch.tensor([[0, 1, 1, 1, 1], [0, 2, -100, -100, -100]] * 50)
+    policy = GPT(GPTConfig(3, 8, 1, 1, 8), torch.Generator().manual_seed(0))
+    config = SimpleNamespace(pretrain_steps=100, pretrain_batch=8, pretrain_lr=0.0, dtype="float32")
+    train.maximize_likelihood(policy, rows, config, torch.Generator().manual_seed(0))
+    printed = float(re.search(r"loss (\S+) nats per token", capsys.readouterr().out)[1])
+    assert printed == pytest.approx(train.nll(policy, rows, "mean").item(), abs=2e-3)
+
+
+def test_a_text_is_either_learned_or_held_out_with_all_its_copies(tmp_path, monkeypatch):
+    learned, held_out = [], []
+    monkeypatch.setattr(train, "maximize_likelihood", lambda policy, rows, *_: learned.extend(rows.tolist()))
+    monkeypatch.setattr(train, "bits_per_byte", lambda policy, rows, *_: held_out.extend(rows.tolist()) or 1)
+    monkeypatch.setattr(train, "evaluate", stop)
+    task_file(tmp_path, TASK + "corpus = [f'the cat {i % 100}' for i in range(250)]")
+    assert go(tmp_path, "--vocab-size", 257) == 2
+    learned, held_out = ([tuple(row) for row in rows] for rows in (learned, held_out))
+    assert len(learned) + len(held_out) == 250 and len(held_out) in (2, 3)
+    assert len({*held_out}) == 1 and not {*held_out} & {*learned}
+
+
 def test_one_percent_of_the_corpus_is_held_out(tmp_path, monkeypatch):
     learned, held_out = [], []
     monkeypatch.setattr(train, "maximize_likelihood", lambda policy, rows, *_: learned.extend(rows.tolist()))
@@ -398,7 +497,8 @@ def world():
                        lambda prompt, completion: len(completion.encode()) + len(prompt) / 4,
                        lambda prompt, completion: len(completion))
     config = SimpleNamespace(batch_size=32, group_size=2, max_new_tokens=6, temperature=0.7, kl_coef=0.3,
-                             gamma=0.9, lam=0.8, whiten=0, advantage="gae", eval_episodes=50, dtype="float32")
+                             gamma=0.9, lam=0.8, whiten=0, advantage="gae", eval_episodes=50, dtype="float32",
+                             critic_epochs=1, minibatches=1, max_grad_norm=1.0)
     return task, policy, reference, critic, Tokenizer.from_merges([]), config
 
 
@@ -455,19 +555,29 @@ def test_collect_aligns_every_number_with_its_action(world, advantage, whiten):
     assert 0 < sum(ends) < 32 and set(prompts) == {*task.prompts}  # each case occurred
     means = {"reward": fmean(scores), "kl": fmean(kls), "entropy": fmean(entropies), "ended": fmean(ends),
              "length": len(kls) / 32}
-    if critic:
+    if advantage == "rloo":
+        means["equal_groups"] = fmean(scores[b] == scores[b + 1] for b in range(0, 32, 2))
+        assert 0 < means["equal_groups"] < 1
+    else:
+        still = torch.optim.SGD(critic.parameters(), 0.0)
         errors = returns - values[batch.mask]
+        stats |= {"explained_variance": fit_critic(critic, batch, still, config)["explained_variance"]}
         means["explained_variance"] = 1 - (errors ** 2).mean().item() / returns.var(unbiased=False).item()
     assert stats == pytest.approx(means, rel=1e-3)
+    assert batch.scores.tolist() == scores
+    torch.testing.assert_close(batch.values, values)
+    torch.testing.assert_close(batch.ref_logprobs, chosen(ref, batch.actions), rtol=0, atol=1e-4)
 
 
 def test_evaluate_reports_means_over_held_out_prompts(world):
     task, policy, reference, _, tokenizer, config = world
     asked = []
     task = replace(task, metric=lambda prompt, text: asked.append((prompt, text)) or len(text))
-    figures, pairs = train.evaluate(task, policy, reference, tokenizer, config)
-    greedy = asked[50:]
+    figures, samples = train.evaluate(task, policy, reference, tokenizer, config)
+    greedy, pairs = asked[50:], [(sample["prompt"], sample["completion"]) for sample in samples]
     assert pairs == asked[:50]
+    assert [sample["reward"] for sample in samples] == [task.reward(*pair) for pair in pairs]
+    assert [sample["metric"] for sample in samples] == [len(completion) for _, completion in pairs]
     assert [prompt for prompt, _ in pairs] == (task.heldout * 13)[:50]
     assert [prompt for prompt, _ in greedy] == task.heldout
     for prompt, completion in greedy:
@@ -486,26 +596,40 @@ def test_evaluate_reports_means_over_held_out_prompts(world):
         entropies += (-logp.exp() * logp).sum(-1).tolist()
     texts = [completion for _, completion in pairs]
     rewards = torch.tensor([task.reward(*pair) for pair in pairs], dtype=torch.float64)
+    prompts = torch.stack([rewards[i::4].mean() for i in range(4)])  # completions of one prompt are alike
     assert 0 < figures["ended"] < 1
-    assert figures == pytest.approx({
-        "reward": rewards.mean().item(), "reward_ci": 1.96 * rewards.std().item() / 50 ** 0.5,
+    expected = {
+        "reward": rewards.mean().item(), "reward_ci": 3.182 * prompts.std().item() / 4 ** 0.5,
         "metric": fmean(map(len, texts)), "greedy": fmean(len(text) for _, text in greedy),
         "kl": fmean(kls), "entropy": fmean(entropies), "length": fmean(lengths),
         "ended": fmean(text.ended for text in texts),
-        "distinct_1": reward.distinct_n(texts, 1), "distinct_2": reward.distinct_n(texts, 2)}, rel=1e-3)
-    assert train.evaluate(task, policy, reference, tokenizer, config) == (figures, pairs)
+        "distinct_1": reward.distinct_n(texts, 1), "distinct_2": reward.distinct_n(texts, 2)}
+    assert figures == pytest.approx(expected, rel=1e-3, nan_ok=True)
+    again, same = train.evaluate(task, policy, reference, tokenizer, config)
+    assert (again, same) == (pytest.approx(figures, rel=0, abs=0, nan_ok=True), samples)
+
+
+def test_the_interval_does_not_shrink_where_completions_of_a_prompt_are_the_same(world):
+    """4 prompts whose rewards depend on the prompt alone: 10,000 completions say no more than 4."""
+    task, policy, reference, _, tokenizer, config = world
+    task = replace(task, reward=lambda prompt, text: "aghk".index(prompt[0]))
+    for config.eval_episodes in (4, 400):
+        figures, _ = train.evaluate(task, policy, reference, tokenizer, config)
+        assert figures["reward_ci"] == pytest.approx(3.182 * math.sqrt(5 / 3) / 2)
+    figures, _ = train.evaluate(replace(task, heldout=["a"]), policy, reference, tokenizer, config)
+    assert math.isnan(figures["reward_ci"])
 
 
 def test_eval_repeats_the_figures_of_a_run_and_changes_nothing(out, capsys):
     assert go(out, "--name", "judged") is None
     after, before = read(out / "judged" / "result.json")["after"], contents(out)
-    table = re.findall(r"^(\S.*?) +-?\d+\.\d+ +(-?\d+\.\d+)$", capsys.readouterr().out, re.M)
-    assert [float(value) for _, value in table] == pytest.approx([*after.values()], abs=6e-4)
+    table = re.findall(r"^(\S.*?) +\S+ +(nan|-?\d+\.\d+)$", capsys.readouterr().out, re.M)
+    assert [float(value) for _, value in table] == pytest.approx([*after.values()], abs=6e-4, nan_ok=True)
 
     def evaluated(*options):
         """The [(label, figure)] that --eval prints."""
         assert train.main(["--eval", str(out / "judged"), "--task", str(out / "mine.py"), *options]) is None
-        return re.findall(r"^(\S.*?) +(-?\d+\.\d+)$", capsys.readouterr().out, re.M)
+        return re.findall(r"^(\S.*?) +(nan|-?\d+\.\d+)$", capsys.readouterr().out, re.M)
 
     assert evaluated() == table
     label = "entropy, nats"
@@ -521,7 +645,7 @@ def test_a_task_file_brings_its_corpus_reward_and_metric(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert train.main([*TINY, "--block-size", "24", "--max-new-tokens", "12", "--task", "mine.py"]) is None
     run = tmp_path / "runs" / "mine-trpo-0"
-    table = capsys.readouterr().out.partition("on held-out prompts")[2]
+    table = capsys.readouterr().out.partition("on prompts held out of RL")[2]
     for label, value in [("reward", "-5.000"), ("politeness", "7.000"), ("politeness, greedy", "7.000")]:
         assert re.search(rf"^{label} +{value} +{value}$", table, re.M)
     assert read(run / "result.json")["metric"] == "politeness"
