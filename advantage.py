@@ -93,7 +93,7 @@ def leave_one_out(scores, group_size):
     """Each score less the mean of the others in its group: a baseline independent of the action, so no bias.
 
     scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2, samples per prompt.
-    Returns (B,).  RLOO: Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics", equation 6.
+    Returns (B,).  RLOO: Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics".
     """
     groups = scores.view(-1, group_size)
     deviation = groups - groups.mean(1, keepdim=True)  # (K-1)/K of the difference from the others' mean

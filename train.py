@@ -40,7 +40,7 @@ from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, load_checkpoint, lo
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
 # Defaults that differ by advantage, algorithm, task, and weights of --init: the last of these four wins.
-# Those of addition's RL were found by trial on another corpus (--pretrain-seed 1), the others on the task itself.
+# Those of addition's RL were found by trial on another corpus (--pretrain-seed 1), the rest on the task itself.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
