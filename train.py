@@ -451,12 +451,14 @@ def evaluate(task, policy, reference, tokenizer, config):
         greedy += score(task.metric, part, episodes.completions)
     n = min(len(task.heldout), len(prompts))  # prompt i is completed in rows i, i + n, i + 2n, …
     _, half = interval([fmean(rewards[i::n]) for i in range(n)])
-    columns = {"prompt": prompts, "completion": texts, "reward": rewards, "metric": metrics}
-    return {"reward": fmean(rewards), "reward_ci": half, "metric": fmean(metrics), "greedy": fmean(greedy),
-            "kl": torch.cat(kl).mean().item(), "entropy": torch.cat(H).mean().item(),
-            "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
-            "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)
-            }, [dict(zip(columns, row)) for row in zip(*columns.values())]
+    figures = {
+        "reward": fmean(rewards), "reward_ci": half, "metric": fmean(metrics), "greedy": fmean(greedy),
+        "kl": torch.cat(kl).mean().item(), "entropy": torch.cat(H).mean().item(),
+        "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
+        "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}
+    samples = [{"prompt": prompt, "completion": text, "reward": reward, "metric": metric}
+               for prompt, text, reward, metric in zip(prompts, texts, rewards, metrics)]
+    return figures, samples
 
 
 def metric_name(task):
@@ -481,26 +483,28 @@ def print_figures(task, **columns):
         print(f"{label:25}" + "".join(f"{figures[name]:10.3f}" for figures in columns.values()))
 
 
-# {warning: whether it holds for the rows of metrics.csv so far}. Each is printed once.
-WARNINGS = {
-    "fewer than half as many completions end as at first: a larger --kl-coef may help":
-        lambda rows: rows[-1]["ended"] < rows[0]["ended"] / 2,
-    "over ten iterations the critic was worse than a constant: a smaller --critic-lr or more --critic-epochs "
-    "may help": lambda rows: len(rows) > 10 and fmean(r.get("explained_variance", 0) for r in rows[-10:]) < 0,
-    "in most groups all scores are equal and teach nothing: a larger --group-size may help":
-        lambda rows: rows[-1].get("equal_groups", 0) > 0.5}
+def warnings(history):
+    """What seems wrong with a run, by the rows of metrics.csv."""
+    first, last = history[0], history[-1]
+    if last["ended"] < first["ended"] / 2:
+        yield "fewer than half as many completions end as at first: a larger --kl-coef may help"
+    if len(history) > 10 and fmean(row.get("explained_variance", 0) for row in history[-10:]) < 0:
+        yield "over ten iterations the critic was worse than a constant: more --critic-epochs may help"
+    if last.get("equal_groups", 0) > 0.5:
+        yield "in most groups all scores are equal, which teaches nothing: a larger --group-size may help"
 
 
 def print_iteration(history, iterations, warned):
-    """Print the last row of metrics.csv, and warnings but those in the set `warned`, which it adds to."""
+    """Print the last row of metrics.csv, and each warning once. warned: the set of those printed so far."""
     row, done = history[-1], len(history)
     left = fmean(row["seconds"] for row in history) * (iterations - done)
     print(f"{done:4d}/{iterations}  reward {row['reward']:+.3f}  kl {row['kl']:.4f}  "
           f"entropy {row['entropy']:.3f}  {row['seconds']:.2f} s, {left:.0f} s left"
           + "  no step" * (row.get("accepted") == 0), flush=True)
-    for warning in [w for w, holds in WARNINGS.items() if w not in warned and holds(history)]:
+    for warning in warnings(history):
+        if warning not in warned:
+            print(f"warning: {warning}", flush=True)
         warned.add(warning)
-        print(f"warning: {warning}", flush=True)
 
 
 # One run.
@@ -566,19 +570,18 @@ def log(run, history, events):
 
 
 def log_evaluation(run, iteration, figures, samples):
-    """Add an evaluation to eval.csv and samples.jsonl, after those of earlier iterations alone.
+    """Add an evaluation to eval.csv and samples.jsonl, in place of those of this and later iterations, if any:
+    a run wrote them before it was interrupted, and repeats them."""
+    def write(name, header, lines):
+        path = run / name
+        old = path.read_text().splitlines()[len(header):] if path.exists() else []
+        kept = [line for line in old if int(re.search(r"\d+", line)[0]) < iteration]  # a line's first number
+        text = "\n".join([*header, *kept, *lines]) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
 
-    So what a resumed run repeats takes the place of what it wrote before it was interrupted.
-    """
-    lines = {"eval.csv": [",".join(f"{value:.6g}" for value in (iteration, *figures.values()))],
-             "samples.jsonl": [json.dumps({"iteration": iteration, **sample}) for sample in samples]}
-    for name, new in lines.items():
-        old = (run / name).read_text().splitlines() if (run / name).exists() else []
-        is_earlier = lambda line: int(re.search(r"\d+", line)[0]) < iteration  # a line's first number
-        header = [",".join(["iteration", *figures])] if name == "eval.csv" else []
-        kept = header + [line for line in old[len(header):] if is_earlier(line)]
-        text = "\n".join(kept + new) + "\n"
-        write_atomically(run / name, lambda file: file.write(text.encode()))
+    row = ",".join(f"{value:.6g}" for value in (iteration, *figures.values()))
+    write("eval.csv", [",".join(["iteration", *figures])], [row])
+    write("samples.jsonl", [], [json.dumps({"iteration": iteration, **sample}) for sample in samples])
 
 
 def open_events(run, done):
@@ -668,18 +671,19 @@ def train(config, resume=False):
 def read_run(run):
     """A finished run: (label, result, metrics). metrics: {column: [a value for each iteration]}.
 
-    The label is the run's name without its seed at the end. Raises BadInput.
+    The label is the run's name without its seed at the end, and with its estimator. Raises BadInput.
     """
     run = Path(run).resolve()
     try:
-        seed = json.loads((run / "config.json").read_text(encoding="utf-8"))["seed"]
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        label, estimator = run.name.removesuffix(f"-{config['seed']}"), config["advantage"]
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         with open(run / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         metrics = {column: [float(row[column]) for row in rows] for column in rows[0]}
         if not ({"metric", "after", "seconds"} <= {*result} and {"reward", "kl"} <= {*metrics}):
             raise ValueError("the files are of another program")
-        return run.name.removesuffix(f"-{seed}"), result, metrics
+        return label + f" + {estimator}" * (estimator not in label), result, metrics
     except (OSError, ValueError, TypeError, LookupError) as e:
         raise BadInput(f"{run} is not a finished run ({type(e).__name__}): give directories as in runs/NAME")
 

@@ -57,7 +57,8 @@ def make_run(path, rewards, after, seconds=2.0, task="reviews", **columns):
     """A finished run with these rewards by iteration, more columns of metrics.csv, and all figures equal."""
     names = ("reward", "metric", "greedy", "kl", "entropy", "length", "distinct_2")
     path.mkdir()
-    config = {"task": task, "seed": int(path.name.rpartition("-")[2])}
+    label, _, seed = path.name.rpartition("-")
+    config = {"task": task, "seed": int(seed), "advantage": label}
     result = {"metric": "quality", "after": dict.fromkeys(names, after), "seconds": seconds}
     (path / "config.json").write_text(json.dumps(config))
     (path / "result.json").write_text(json.dumps(result))
@@ -72,12 +73,12 @@ def make_run(path, rewards, after, seconds=2.0, task="reviews", **columns):
 def test_a_comparison_trains_each_algorithm_with_each_seed(compared):
     assert {path.name for path in compared.iterdir() if path.is_dir()} == {"pretrained", *RUNS}
     table = cells((compared / "mine-reinforce+trpo.md").read_text())
-    assert [*table] == ["mine-reinforce", "mine-trpo"]
+    assert [*table] == ["mine-reinforce + gae", "mine-trpo + gae"]
     for algo in ALGOS:
         results = [read(compared / f"mine-{algo}-{seed}") for seed in (4, 5)]
         assert results[0]["before"] == results[1]["before"]  # the same pretrained weights
         mean = sum(result["after"]["reward"] for result in results) / 2
-        assert float(table[f"mine-{algo}"]["reward"].split(" ± ")[0]) == pytest.approx(mean, abs=5.1e-4)
+        assert float(table[f"mine-{algo} + gae"]["reward"].split(" ± ")[0]) == pytest.approx(mean, abs=5.1e-4)
 
 
 def test_a_run_of_a_comparison_equals_the_same_run_alone(compared, tmp_path):
@@ -108,7 +109,7 @@ def test_runs_with_other_options_are_refused_or_replaced(tmp_path, capsys):
     task_file(tmp_path)
     named = command(tmp_path, "--name", "short", "--seeds", 1)
     assert train.main(named) is None
-    assert [*cells((tmp_path / "short.md").read_text())] == ["short-reinforce", "short-trpo"]
+    assert [*cells((tmp_path / "short.md").read_text())] == ["short-reinforce + gae", "short-trpo + gae"]
     runs = [tmp_path / "short-reinforce-4", tmp_path / "short-trpo-4"]
     before = contents(tmp_path)
     capsys.readouterr()
@@ -129,7 +130,7 @@ def test_a_run_that_diverges_is_left_out(tmp_path, trained, capsys):
         first, last = printed.err.splitlines()
         assert first.startswith(f"error: {tmp_path / 'mine-ppo-4'} is left out: the ")
         assert last == "error: 1 of 2 runs diverged and are not in the table"
-        assert [*cells(printed.out)] == ["mine-trpo"]
+        assert [*cells(printed.out)] == ["mine-trpo + gae"]
     assert trained == [("mine-ppo-4", False), ("mine-trpo-4", False), ("mine-ppo-4", True)]
 
 
