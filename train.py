@@ -402,7 +402,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     scores = torch.tensor(score(task.reward, prompts, episodes.completions), device=mask.device)  # (B,)
     rewards = token_rewards(scores, mask, episodes.logprobs, episodes.ref_logprobs, config.kl_coef)
     values = torch.zeros_like(rewards)
-    if critic:
+    if critic:  # of a new critic every value becomes the mean return; those of a fitted one stay
         mean, variance = mean_and_variance(discounted_returns(rewards, mask, config.gamma), mask)
         critic.set_units(mean, variance.sqrt())
         with torch.no_grad():

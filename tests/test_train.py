@@ -451,27 +451,18 @@ def test_the_loss_that_pretraining_prints_is_that_of_a_token(capsys):
     assert printed == pytest.approx(train.nll(policy, rows, "mean").item(), abs=2e-3)
 
 
-def test_a_text_is_either_learned_or_held_out_with_all_its_copies(tmp_path, monkeypatch):
-    learned, held_out = [], []
+@pytest.mark.parametrize("different, held_out", [(250, {3}), (100, {2, 3})])  # or 2 to 3 copies of each
+def test_one_percent_of_the_texts_is_held_out_with_all_copies(tmp_path, monkeypatch, different, held_out):
+    learned, held = [], []
     monkeypatch.setattr(train, "maximize_likelihood", lambda policy, rows, *_: learned.extend(rows.tolist()))
-    monkeypatch.setattr(train, "bits_per_byte", lambda policy, rows, *_: held_out.extend(rows.tolist()) or 1)
+    monkeypatch.setattr(train, "bits_per_byte", lambda policy, rows, *_: held.extend(rows.tolist()) or 1)
     monkeypatch.setattr(train, "evaluate", stop)
-    task_file(tmp_path, TASK + "corpus = [f'the cat {i % 100}' for i in range(250)]")
+    task_file(tmp_path, TASK + f"corpus = [f'the cat {{i % {different}:03d}}' for i in range(250)]")
     assert go(tmp_path, "--vocab-size", 257) == 2
-    learned, held_out = ([tuple(row) for row in rows] for rows in (learned, held_out))
-    assert len(learned) + len(held_out) == 250 and len(held_out) in (2, 3)
-    assert len({*held_out}) == 1 and not {*held_out} & {*learned}
-
-
-def test_one_percent_of_the_corpus_is_held_out(tmp_path, monkeypatch):
-    learned, held_out = [], []
-    monkeypatch.setattr(train, "maximize_likelihood", lambda policy, rows, *_: learned.extend(rows.tolist()))
-    monkeypatch.setattr(train, "bits_per_byte", lambda policy, rows, *_: held_out.extend(rows.tolist()) or 1)
-    monkeypatch.setattr(train, "evaluate", stop)
-    task_file(tmp_path, TASK + "corpus = [f'the cat {i:03d}' for i in range(250)]")
-    assert go(tmp_path, "--vocab-size", 257) == 2
-    texts = {tuple(row) for row in learned + held_out}
-    assert (len(learned), len(held_out), len(texts)) == (247, 3, 250)
+    texts = lambda rows: {tuple(row) for row in rows}
+    assert len(held) in held_out and len(learned) + len(held) == 250
+    assert len(texts(held)) == math.ceil(different / 100) and len(texts(learned + held)) == different
+    assert not texts(learned) & texts(held)
 
 
 # Episodes and evaluation, each number computed again from full forward passes.
