@@ -287,7 +287,7 @@ def pretrained(config, task, device):
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, config.block_size)
     distinct, which = rows.unique(dim=0, return_inverse=True)  # rows = distinct[which]
     if len(distinct) < 2:
-        raise BadInput(f"the corpus of {config.task} needs two different texts, or one beyond --block-size")
+        raise BadInput(f"the corpus of {config.task} needs two different texts, or a longer one")
     shuffled = torch.randperm(len(distinct), generator=generator)
     held_out = torch.isin(which, shuffled[:min(1000, math.ceil(len(distinct) / 100))])  # with every copy
     maximize_likelihood(policy, rows[~held_out], config, generator)

@@ -18,7 +18,7 @@ from model import GPT, GPTConfig, save_gpt2
 # Task files, and what the error says of each.
 TASKS = {
     "lacks": ("prompts = ['a']", "does not define heldout, reward"),
-    "brief": (TASK + "corpus = 'one line'", "two texts"),
+    "brief": (TASK + "corpus = 'one line'", "two different texts"),
     "wide": (TASK + "heldout = ['the ' * 30]", "context"),
     "blank": (TASK + "heldout = ['']", "empty"),
 }
