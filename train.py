@@ -282,6 +282,7 @@ def pretrained(config, task, device):
         tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if bpe else Tokenizer.gpt2()
         sizes = (config.block_size, config.n_layer, config.n_head, config.n_embd)
         policy = GPT(GPTConfig(tokenizer.vocab_size, *sizes), generator).to(device)
+        print(f"a vocabulary of {tokenizer.vocab_size} tokens (--vocab-size {config.vocab_size})")
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
     rows = to_rows(texts, config.block_size)
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, config.block_size)
@@ -295,8 +296,7 @@ def pretrained(config, task, device):
                "seconds": time.perf_counter() - start}
     if processes()[0] == 0:
         save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=figures)
-    size = f"{tokenizer.vocab_size} of at most {max(tokenizer.vocab_size, config.vocab_size)} tokens"
-    print(f"pretrained weights to {path}: {size}, {figures['bits_per_byte']:.3f} bits per held-out byte")
+    print(f"pretrained weights to {path}: {figures['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, figures
 
 
