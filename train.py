@@ -40,7 +40,7 @@ from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, load_checkpoint, lo
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
 # Defaults that differ by advantage, algorithm, task, and weights of --init: the last of these four wins.
-# Those of addition's RL were found by trial on another corpus (--pretrain-seed 1), the rest on the task itself.
+# RL's on addition were found by trial on another corpus (--pretrain-seed 1), the others on the task itself.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
@@ -570,8 +570,10 @@ def log(run, history, events):
 
 
 def log_evaluation(run, iteration, figures, samples):
-    """Add an evaluation to eval.csv and samples.jsonl, in place of those of this and later iterations, if any:
-    a run wrote them before it was interrupted, and repeats them."""
+    """Add an evaluation to eval.csv and samples.jsonl, in place of those of this iteration and later ones.
+
+    A run wrote those before it was interrupted, and repeats them.
+    """
     def write(name, header, lines):
         path = run / name
         old = path.read_text().splitlines()[len(header):] if path.exists() else []
