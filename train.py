@@ -570,10 +570,7 @@ def log(run, history, events):
 
 
 def log_evaluation(run, iteration, figures, samples):
-    """Add an evaluation to eval.csv and samples.jsonl, in place of those of this iteration and later ones.
-
-    A run wrote those before it was interrupted, and repeats them.
-    """
+    """Write an evaluation behind those of earlier iterations; a resumed run repeats what came later."""
     def write(name, header, lines):
         path = run / name
         old = path.read_text().splitlines()[len(header):] if path.exists() else []
