@@ -1,15 +1,18 @@
 """REINFORCE, PPO and TRPO, and the critic's fit.
 
 A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). Nothing
-here knows that the actions are tokens. Every loss is a mean over the actions of the batch.
+here knows that the actions are tokens. A loss is written for each action of a part of the batch;
+`mean_gradient` takes its mean over the actions of the whole batch.
 
-`config` needs, for policies: temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches,
+`config` needs micro_batch and temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches,
 target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs, minibatches.
 """
 
+import copy
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,18 +27,98 @@ class Batch:
     obs: torch.Tensor  # (B, T, …)
     actions: torch.Tensor  # (B, T) int64
     mask: torch.Tensor  # (B, T) bool, True where the policy acted
-    logprobs: torch.Tensor  # (B, T) log π_old(a_t|s_t)
-    advantages: torch.Tensor  # (B, T)
-    returns: torch.Tensor  # (B, T) the critic's targets
-    values: torch.Tensor  # (B, T) V(s_t) before the critic is fitted to them; 0 without a critic
+    logprobs: torch.Tensor = None  # (B, T) log π_old(a_t|s_t)
+    advantages: torch.Tensor = None  # (B, T)
+    returns: torch.Tensor = None  # (B, T) the critic's targets
+    values: torch.Tensor = None  # (B, T) V(s_t) before the critic is fitted to them; 0 without a critic
     ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t), and
     scores: torch.Tensor = None  # (B,) each episode's reward: for a loss of your own, as in tests/examples
+    logp: torch.Tensor = None  # (B, T, A) log π_old(·|s_t), where there was room to keep it
 
-    def rows(self, index):
-        return Batch(*(None if x is None else x[index] for x in vars(self).values()))
+    def rows(self, index, columns=None):
+        """The Batch of these episodes, of their first columns alone where a number of columns is given."""
+        cut = lambda x: x[index] if x.dim() == 1 else x[index, :columns]
+        return Batch(*(None if x is None else cut(x) for x in vars(self).values()))
 
 
-# Shared pieces.
+# Working through a batch in parts.
+
+def micro_batches(batch, size):
+    """(index, Batch) of parts: episodes of like length, without the columns after the longest one's end.
+
+    Of at most `size` cells (rows times columns) each, or of one row. So memory grows with a part, not with
+    the batch, and little is computed where mask is False; sums are the same but for rounding.
+    """
+    columns = torch.arange(1, batch.mask.shape[1] + 1, device=batch.mask.device)
+    lengths, order = (batch.mask * columns).amax(1).sort(descending=True)
+    lengths, start = lengths.tolist(), 0
+    while start < len(lengths):
+        stop = start + max(1, size // lengths[start])
+        yield order[start:stop], batch.rows(order[start:stop], lengths[start])
+        start = stop
+
+
+@torch.no_grad()
+def in_parts(function, batch, config):
+    """{name: (B, T)} of the whole batch, 0 after the end. function: a part of it -> {name: (b, T)}."""
+    whole = {}
+    for index, part in micro_batches(batch, config.micro_batch):
+        for name, x in function(part).items():
+            whole.setdefault(name, x.new_zeros(batch.mask.shape))[index, :x.shape[1]] = x
+    return whole
+
+
+def mean_gradient(model, loss, batch, config, max_grad_norm):
+    """Set the weights' grad to the gradient of the mean loss over the actions of the batch (all processes').
+
+    loss: a part of the batch -> {"loss": (b, T), …}, of which the loss alone is differentiated.
+    Returns the means as numbers, and grad_norm, which the gradient had before it was clipped to
+    max_grad_norm. Raises FloatingPointError where the loss or its gradient is not finite.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    actions, totals = all_sum(batch.mask.sum()), 0
+    for _, part in micro_batches(batch, config.micro_batch):
+        means = {name: x.masked_fill(~part.mask, 0).sum() / actions for name, x in loss(part).items()}
+        means["loss"].backward()
+        totals = totals + torch.stack(list(means.values())).detach()
+    if processes()[1] > 1:
+        for p, total in zip(params, unflatten(all_sum(flatten([p.grad for p in params])), params)):
+            p.grad.copy_(total)
+    norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
+    stats = dict(zip(means, all_sum(totals).tolist()))
+    check_finite(loss=stats["loss"], norm_of_the_gradient=norm)
+    return stats | {"grad_norm": norm}
+
+
+def minibatches(batch, epochs, count, generator):
+    """`count` Batches of its rows, each row in one of them, at random, and so again in each epoch.
+
+    Of several processes each shuffles its own rows: one minibatch of each makes a minibatch of all.
+    """
+    for _ in range(epochs):
+        order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
+        yield from map(batch.rows, order.tensor_split(count))
+
+
+def check_finite(**quantities):
+    """Raises FloatingPointError that names the first quantity which is not finite."""
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            name = name.replace("_", " ")
+            raise FloatingPointError(f"the {name} is {value}: take smaller steps (a learning rate, --delta)")
+
+
+def flatten(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unflatten(vector, like):
+    return [part.view_as(t) for part, t in zip(vector.split([t.numel() for t in like]), like)]
+
+
+# Distributions.
 
 def log_probs(policy, obs, temperature):
     """log π(·|s) (B, T, A) of the policy that acts: at the temperature it is sampled with."""
@@ -60,56 +143,17 @@ def kl_divergence(logp, logq):
     return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
 
 
-@torch.no_grad()
-def mean_kl(policy, batch, old, temperature):
-    """How far an update moved the policy: mean KL(π_old‖π) over the batch. old: (B, T, A) log π_old(·|s)."""
-    new = log_probs(policy, batch.obs, temperature)  # (B, T, A)
-    return masked_mean(kl_divergence(old, new), batch.mask).item()
+def old_log_probs(old, part, config):
+    """log π_old(·|s) (b, T, A): kept from sampling, or computed again by `old`, a copy of the policy."""
+    return log_probs(old, part.obs, config.temperature) if part.logp is None else part.logp
 
 
-def minibatches(batch, epochs, parts, generator):
-    """(index, Batch) of `parts` parts of the rows, each row once per epoch and in random order.
-
-    Of several processes each shuffles its own rows: one part of each makes a minibatch of all.
-    """
-    for _ in range(epochs):
-        order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
-        for index in order.tensor_split(parts):
-            yield index, batch.rows(index)
-
-
-def check_finite(**quantities):
-    """Raises FloatingPointError that names the first quantity which is not finite."""
-    for name, value in quantities.items():
-        if not math.isfinite(value):
-            name = name.replace("_", " ")
-            raise FloatingPointError(f"the {name} is {value}: take smaller steps (a learning rate, --delta)")
-
-
-def flatten(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
-def unflatten(vector, like):
-    return [part.view_as(t) for part, t in zip(vector.split([t.numel() for t in like]), like)]
-
-
-def gradient_step(model, loss, optimizer, max_grad_norm):
-    """One step down the loss. Returns the norm of the gradient before it was clipped to max_grad_norm.
-
-    loss: its gradient is this process's share, to be summed over all processes.
-    Raises FloatingPointError, before any weight has moved, where the loss or its gradient is not finite.
-    """
-    optimizer.zero_grad()
-    loss.backward()
-    if processes()[1] > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        for grad, total in zip(grads, unflatten(all_sum(flatten(grads)), grads)):
-            grad.copy_(total)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    check_finite(loss=loss.item(), norm_of_the_gradient=norm)
-    optimizer.step()
-    return norm
+def mean_kl(old, policy, batch, config):
+    """How far an update moved the policy: the mean KL(π_old‖π)."""
+    def kl(part):
+        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
+        return {"kl": kl_divergence(old_log_probs(old, part, config), logp)}
+    return masked_mean(in_parts(kl, batch, config)["kl"], batch.mask).item()
 
 
 # First order.
@@ -120,12 +164,16 @@ def reinforce(policy, batch, optimizer, config, generator=None):
     Returns diagnostics, kl_update of the first 64 episodes alone.
     Williams 1992; with A_t in place of the return: Sutton et al. 2000.
     """
-    logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
-    loss = -masked_mean(chosen(logp, batch.actions) * batch.advantages, batch.mask)
-    norm = gradient_step(policy, loss, optimizer, config.max_grad_norm)
-    first = slice(64)  # the KL of all episodes would take a fifth of the update's time
-    kl = mean_kl(policy, batch.rows(first), logp.detach()[first], config.temperature)
-    return {"loss": loss.item(), "grad_norm": norm, "kl_update": kl}
+    old = copy.deepcopy(policy)
+
+    def loss(part):
+        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
+        return {"loss": -chosen(logp, part.actions) * part.advantages}
+
+    stats = mean_gradient(policy, loss, batch, config, config.max_grad_norm)
+    optimizer.step()
+    first = batch.rows(slice(64))  # the KL of all episodes would take a third of the update's time
+    return stats | {"kl_update": mean_kl(old, policy, first, config)}
 
 
 def ppo(policy, batch, optimizer, config, generator=None):
@@ -136,22 +184,24 @@ def ppo(policy, batch, optimizer, config, generator=None):
     target_kl. Returns diagnostics.
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7.
     """
-    with torch.no_grad():
-        old = log_probs(policy, batch.obs, config.temperature)  # (B, T, A), of all actions: for the exact KL
-    steps = []
-    for rows, mb in minibatches(batch, config.epochs, config.minibatches, generator):
-        logp = log_probs(policy, mb.obs, config.temperature)  # (b, T, A)
-        kl = masked_mean(kl_divergence(old[rows], logp.detach()), mb.mask)
-        if steps and not kl <= config.target_kl:  # after at least one step; NaN ends it too
-            break
-        ratio = (chosen(logp, mb.actions) - mb.logprobs).exp()  # (b, T)
+    old, steps = copy.deepcopy(policy).requires_grad_(False), []
+
+    def loss(part):
+        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
+        ratio = (chosen(logp, part.actions) - part.logprobs).exp()  # (b, T)
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-        loss = -masked_mean(torch.min(ratio * mb.advantages, clipped * mb.advantages), mb.mask)
-        norm = gradient_step(policy, loss, optimizer, config.max_grad_norm)
-        steps.append((loss.item(), norm, masked_mean(ratio != clipped, mb.mask).item()))
-    loss, norm, clip_fraction = torch.tensor(steps).mean(0).tolist()
-    return {"loss": loss, "grad_norm": norm, "clip_fraction": clip_fraction, "steps": len(steps),
-            "kl_update": mean_kl(policy, batch, old, config.temperature)}
+        return {"loss": -torch.min(ratio * part.advantages, clipped * part.advantages),
+                "clip_fraction": ratio != clipped,
+                "kl": kl_divergence(old_log_probs(old, part, config), logp.detach())}
+
+    for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
+        stats = mean_gradient(policy, loss, minibatch, config, config.max_grad_norm)
+        if steps and stats["kl"] > config.target_kl:
+            break
+        optimizer.step()
+        steps.append(stats)
+    means = {name: fmean(stats[name] for stats in steps) for name in ("loss", "grad_norm", "clip_fraction")}
+    return means | {"steps": len(steps), "kl_update": mean_kl(old, policy, batch, config)}
 
 
 def fit_critic(critic, batch, optimizer, config, generator=None):
@@ -160,13 +210,16 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
     The loss is divided by the returns' variance, so that its gradient does not depend on the reward's unit.
     """
     _, variance = mean_and_variance(batch.returns, batch.mask)
-    variance = variance.clamp(min=1e-8)
+    variance, batch = variance.clamp(min=1e-8), replace(batch, logp=None)
     unexplained, losses = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance, []
-    for _, mb in minibatches(batch, config.critic_epochs, config.minibatches, generator):
-        loss = masked_mean((critic(mb.obs) - mb.returns) ** 2, mb.mask) / variance
-        gradient_step(critic, loss, optimizer, config.max_grad_norm)
-        losses.append(loss.item())
-    return {"critic_loss": sum(losses) / len(losses), "explained_variance": 1 - unexplained.item()}
+
+    def loss(part):
+        return {"loss": (critic(part.obs) - part.returns) ** 2 / variance}
+
+    for minibatch in minibatches(batch, config.critic_epochs, config.minibatches, generator):
+        losses.append(mean_gradient(critic, loss, minibatch, config, config.max_grad_norm)["loss"])
+        optimizer.step()
+    return {"critic_loss": fmean(losses), "explained_variance": 1 - unexplained.item()}
 
 
 # Second order.
@@ -195,7 +248,7 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     return x, r
 
 
-def fisher_vector_product(policy, batch, temperature=1.0):
+def fisher_vector_product(policy, batch, config):
     """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
 
     The KL from π_old is zero here and so is its gradient; its Hessian is not: it is
@@ -208,17 +261,23 @@ def fisher_vector_product(policy, batch, temperature=1.0):
     calculating Jacobian vector products".
     """
     params = [p for p in policy.parameters() if p.requires_grad]
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
-        logits = policy(batch.obs) / temperature  # (B, T, A)
-    probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
-    weight = (batch.mask.to(logits.dtype) / all_sum(batch.mask.sum())).unsqueeze(-1)  # (B, T, 1), of a mean
-    u = torch.zeros_like(logits, requires_grad=True)  # any value will do: Jᵀu is linear in it
-    Jtu = flatten(torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True))  # (n,)
+    actions, graphs = all_sum(batch.mask.sum()), []
+    for _, part in micro_batches(batch, config.micro_batch):
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+            logits = policy(part.obs) / config.temperature  # (b, T, A)
+        probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
+        weight = (part.mask / actions).unsqueeze(-1).to(logits.dtype)  # (b, T, 1), of a mean
+        u = torch.zeros_like(logits, requires_grad=True)  # any value will do: Jᵀu is linear in it
+        Jtu = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
+        graphs.append((probs, weight, u, flatten(Jtu)))
 
     def product(v):
-        Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (B, T, A), the gradient of (Jᵀu)·v by u
-        Fv = torch.autograd.grad(probs, params, weight * Jv, retain_graph=True, materialize_grads=True)
-        return all_sum(flatten(Fv))  # (n,) Jᵀ (diag p - p pᵀ) weight J v, summed over the states
+        Fv = torch.zeros_like(v)
+        for probs, weight, u, Jtu in graphs:
+            Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (b, T, A), the gradient of (Jᵀu)·v by u
+            Fv += flatten(torch.autograd.grad(probs, params, weight * Jv, retain_graph=True,
+                                              materialize_grads=True))  # Jᵀ (diag p - p pᵀ) weight J v
+        return all_sum(Fv)
 
     return product
 
@@ -264,29 +323,35 @@ def trpo(policy, batch, optimizer, config, generator=None):
     Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
     params = [p for p in policy.parameters() if p.requires_grad]
+    old = copy.deepcopy(policy)
 
-    def surrogate(logp):
-        ratio = (chosen(logp, batch.actions) - batch.logprobs).exp()  # 1 before the step, but for rounding
-        return masked_mean(ratio * batch.advantages, batch.mask)
+    def surrogate(part, logp):
+        ratio = (chosen(logp, part.actions) - part.logprobs).exp()  # 1 before the step, but for rounding
+        return ratio * part.advantages
 
-    logp = log_probs(policy, batch.obs, config.temperature)  # (B, T, A)
-    before = surrogate(logp)
-    g = all_sum(flatten(torch.autograd.grad(before, params, materialize_grads=True)))
-    old, before = logp.detach(), before.detach()
-    check_finite(surrogate=before.item(), norm_of_the_gradient=g.norm().item())
+    def loss(part):
+        return {"loss": -surrogate(part, log_probs(policy, part.obs, config.temperature))}
+
+    stats = mean_gradient(policy, loss, batch, config, max_grad_norm=math.inf)
+    g = -flatten([p.grad for p in params])
 
     order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
     subset = batch.rows(order[:math.ceil(config.fisher_fraction * len(order))])
-    fisher = fisher_vector_product(policy, subset, config.temperature)
+    fisher = fisher_vector_product(policy, subset, config)
     x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
     xFx = x @ (g - r)  # since (F + damping I) x = g - r
 
-    def evaluate():
-        new = log_probs(policy, batch.obs, config.temperature)
-        return surrogate(new) - before, masked_mean(kl_divergence(old, new), batch.mask)
+    def compare(part):
+        before = old_log_probs(old, part, config)  # (b, T, A)
+        now = log_probs(policy, part.obs, config.temperature)
+        return {"gain": surrogate(part, now) - surrogate(part, before), "kl": kl_divergence(before, now)}
 
-    stats = {"loss": -before.item(), "grad_norm": g.norm().item(), "kl_update": 0.0, "accepted": 0,
-             "halvings": 0, "gain": 0.0, "step_norm": 0.0, "cg_residual": 0.0}
+    def evaluate():
+        found = in_parts(compare, batch, config)
+        return masked_mean(found["gain"], batch.mask), masked_mean(found["kl"], batch.mask)
+
+    stats |= {"kl_update": 0.0, "accepted": 0, "halvings": 0, "gain": 0.0, "step_norm": 0.0,
+              "cg_residual": 0.0}
     if not 0 < xFx < math.inf:  # the gradient is zero, or a product is not finite
         return stats
     step = (2 * config.delta / xFx).sqrt() * x

@@ -57,7 +57,11 @@ class KVCache:
 
     def keep_rows(self, rows):
         """Drop all sequences of the batch but these. rows: (B',) indices."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_empty(self.max_length, len(rows), *old.shape[2:])
+            new[:self.length] = old[:self.length, rows]
+            setattr(self, name, new)
 
 
 def cached_attention(q, k, v):
@@ -143,7 +147,7 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """The policy. tokens (B, T) int64 -> logits (B, T, V); column t scores the token after tokens[:, :t+1].
 
-    With a cache from `kv_cache`, tokens are only the new ones; their logits are those of the full sequence.
+    With a cache from `kv_cache`, tokens are only the new ones, and logits (B, 1, V) only those of the last.
     The output head is the token embedding (tied). Logits have the precision of the weights, also under
     torch.autocast. Raises ValueError for more than block_size tokens.
     """
@@ -154,8 +158,8 @@ class GPT(nn.Module):
         self.transformer = Transformer(config, generator)
 
     def forward(self, tokens, cache=None):
-        embedding = self.transformer.wte.weight
-        return F.linear(self.transformer(tokens, cache), embedding).to(embedding.dtype)
+        embedding, x = self.transformer.wte.weight, self.transformer(tokens, cache)  # (V, C), (B, T, C)
+        return F.linear(x[:, -1:] if cache else x, embedding).to(embedding.dtype)
 
     def kv_cache(self, max_length):
         """An empty cache for sequences of at most max_length tokens: one KVCache per layer."""

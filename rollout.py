@@ -118,13 +118,20 @@ class Tokenizer:
         return torch.tensor(sizes)
 
 
+KEPT = 2 ** 26  # the most log-probabilities that a rollout keeps: 256 MiB
+
+
 @dataclass
 class Rollout:
-    """B sampled episodes of up to T actions. mask[b, t] is True where the policy chose tokens[b, t + 1]."""
+    """B sampled episodes of up to T actions. mask[b, t] is True where the policy chose tokens[b, t + 1].
+
+    logprobs and logp are undefined where mask is False.
+    """
 
     tokens: torch.Tensor  # (B, T+1) int64: prompt, completion, its end of text, then end of text as filler
     mask: torch.Tensor  # (B, T) bool: prompt False, completion and its end of text True, filler False
-    logp: torch.Tensor  # (B, T, V) log π(·|s) when the actions were drawn; undefined where mask is False
+    logprobs: torch.Tensor  # (B, T) log π(a|s) when the action a was drawn
+    logp: torch.Tensor  # (B, T, V) log π(·|s) of all actions, or None where that exceeds KEPT numbers
 
     def completions(self, tokenizer):
         """The B completions as text, without prompt and end of text."""
@@ -164,7 +171,8 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
 
     policy: (tokens, cache) -> logits, with `kv_cache`.  prompts: B lists of at least one token each.
     temperature: divides the logits; 0 is greedy.  top_k, top_p: see `truncate`.
-    Returns a Rollout as long as its longest row. Its logp is at the temperature (1 if greedy), not truncated.
+    Returns a Rollout as long as its longest row. Its logprobs are at the temperature (1 if greedy) and not
+    truncated.
     Raises ValueError for an empty prompt, or one that leaves too little room in the context.
 
     Prompts stand at the left without padding. Sampling starts at the end of the shortest prompt; where a
@@ -181,7 +189,8 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     tokens = tokens.to(device)
     start = torch.tensor(lengths, device=device) - 1  # (B,) each row's first action
     stop = start + max_new_tokens  # (B,) one past its last action; sooner once it chooses eos_token
-    logp = next(policy.parameters()).new_zeros(B, T, policy.config.vocab_size)
+    zeros, V = next(policy.parameters()).new_zeros, policy.config.vocab_size
+    logprobs, kept = zeros(B, T), zeros(B, T, V) if B * T * V <= KEPT else None
 
     # Column t of uniforms is for action t: a row's i-th action gets its i-th number, whatever its neighbours.
     columns = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)
@@ -193,13 +202,14 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     for t in range(min(lengths) - 1, T):
         logits = policy(tokens[active, n_cached:t + 1], cache)[:, -1]  # (active, V)
         n_cached = t + 1
-        step_logp = (logits / (temperature or 1)).log_softmax(-1)
-        logp[active, t] = step_logp
+        logp = (logits / (temperature or 1)).log_softmax(-1)
         if temperature == 0:
-            choice = step_logp.argmax(-1)
+            choice = logp.argmax(-1)
         else:
-            allowed = truncate(step_logp, top_k, top_p) if top_k or top_p < 1 else step_logp
-            choice = draw(allowed, uniforms[active, t])
+            choice = draw(truncate(logp, top_k, top_p) if top_k or top_p < 1 else logp, uniforms[active, t])
+        logprobs[active, t] = logp.gather(1, choice[:, None]).squeeze(1)
+        if kept is not None:
+            kept[active, t] = logp
         acts = (start[active] <= t) & (t < stop[active])  # False inside a prompt and after the end
         tokens[active, t + 1] = torch.where(acts, choice, tokens[active, t + 1])
         stop[active] = torch.where(acts & (choice == eos_token), t + 1, stop[active])
@@ -215,7 +225,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     T = int(stop.max())  # actions of the longest row
     columns = torch.arange(T, device=device)
     mask = (columns >= start[:, None]) & (columns < stop[:, None])
-    return Rollout(tokens[:, :T + 1], mask, logp[:, :T])
+    return Rollout(tokens[:, :T + 1], mask, logprobs[:, :T], None if kept is None else kept[:, :T])
 
 
 def check_fit(prompts, tokenizer, max_new_tokens, block_size):
@@ -327,7 +337,7 @@ def print_logprobs(rollout, row, reference, tokenizer, temperature):
         ref_logp = (ref_logits / (temperature or 1)).log_softmax(-1)
     steps = rollout.mask[row].nonzero().squeeze(-1)  # (n,)
     actions = rollout.tokens[row, steps + 1]
-    p, q = rollout.logp[row, steps, actions], ref_logp[steps, actions]
+    p, q = rollout.logprobs[row, steps], ref_logp[steps, actions]
     print("  policy  reference  token")
     for a, b, token in zip(p.exp().tolist(), q.exp().tolist(), actions.tolist()):
         print(f"{a:8.4f}  {b:9.4f}  {tokenizer.encoding.decode([token])!r}")

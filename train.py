@@ -30,8 +30,8 @@ import torch.nn.functional as F
 
 from advantage import (ADVANTAGES, all_sum, discounted_returns, masked_mean, mean_and_variance, processes,
                        token_rewards, whiten)
-from algos import (Batch, check_finite, chosen, entropy, fit_critic, gradient_step, kl_divergence, log_probs,
-                   ppo, reinforce, trpo)
+from algos import (Batch, check_finite, chosen, entropy, fit_critic, in_parts, kl_divergence, log_probs,
+                   mean_gradient, old_log_probs, ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, distinct_n, load_task, score
 from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, load_checkpoint, load_weights, sample,
@@ -74,6 +74,7 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
+    micro_batch: int = option(1024, "most tokens worked on at once: memory and time, the same results", 1)
     tensorboard: bool = option(False, "write TensorBoard event files too")
     # the model and its pretraining
     init: str = option("", "initial weights: a run, a checkpoint, a GPT-2's directory, or gpt2 (a download)")
@@ -118,8 +119,10 @@ class Config:
 # Options that come with the weights of --init.
 INHERITED = ("tokenizer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 # The options that make sense beside --resume, --eval and --plot.
-TAKES = {"resume": ("task", "iterations", "eval_every", "save_every", "device", "threads", "tensorboard"),
-         "eval": ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads", "dtype"),
+TAKES = {"resume": ("task", "iterations", "eval_every", "save_every", "device", "threads", "micro_batch",
+                    "tensorboard"),
+         "eval": ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads", "dtype",
+                  "micro_batch"),
          "plot": ("out", "name")}
 
 
@@ -246,9 +249,10 @@ def set_up(config):
     return torch.device(name)
 
 
-def mixed(config, device, **options):
+def mixed(config, device):
     """Within it matrix products run in --dtype; weights, optimizers and all after the logits are float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16", **options)
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16",
+                          cache_enabled=False)  # no casts are kept: the weights change within
 
 
 # Pretraining.
@@ -292,7 +296,7 @@ def pretrained(config, task, device):
     shuffled = torch.randperm(len(distinct), generator=generator)
     held_out = torch.isin(which, shuffled[:min(1000, math.ceil(len(distinct) / 100))])  # with every copy
     maximize_likelihood(policy, rows[~held_out], config, generator)
-    figures = {"bits_per_byte": bits_per_byte(policy, rows[held_out], tokenizer, config.pretrain_batch),
+    figures = {"bits_per_byte": bits_per_byte(policy, rows[held_out], tokenizer, config),
                "seconds": time.perf_counter() - start}
     if processes()[0] == 0:
         save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=figures)
@@ -313,19 +317,22 @@ def to_rows(texts, block_size):
     return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=-100)
 
 
-def nll(policy, rows, reduction):
-    """-log π, in nats, of each row's tokens but the first. rows: (B, T+1), padded with -100."""
-    rows = rows[:, :(rows >= 0).sum(1).max()].to(next(policy.parameters()).device)
-    logits = policy(rows[:, :-1].clamp(min=0))  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction=reduction)
+def as_batch(rows, device):
+    """Texts as episodes whose actions are their tokens but the first. rows: (N, T+1), padded with -100."""
+    rows = rows.to(device)
+    return Batch(rows[:, :-1].clamp(min=0), rows[:, 1:].clamp(min=0), mask=rows[:, 1:] >= 0)
 
 
-@torch.no_grad()
-def bits_per_byte(policy, rows, tokenizer, batch_size):
+def nll(policy, texts):
+    """-log π (B, T), in nats, of each token."""
+    return -chosen(log_probs(policy, texts.obs, temperature=1.0), texts.actions)
+
+
+def bits_per_byte(policy, rows, tokenizer, config):
     """-log2 π per byte of text, which compares models of different vocabularies. rows: (N, T+1)."""
-    nats = sum(nll(policy, part, "sum").item() for part in rows.split(batch_size))
-    predicted = rows[:, 1:]
-    return nats / math.log(2) / tokenizer.token_bytes()[predicted[predicted >= 0]].sum().item()
+    texts = as_batch(rows, next(policy.parameters()).device)
+    nats = in_parts(lambda part: {"nll": nll(policy, part)}, texts, config)["nll"][texts.mask].sum().item()
+    return nats / math.log(2) / tokenizer.token_bytes()[texts.actions[texts.mask].cpu()].sum().item()
 
 
 def maximize_likelihood(policy, rows, config, generator):
@@ -341,11 +348,14 @@ def maximize_likelihood(policy, rows, config, generator):
             drawn = drawn[lengths[drawn].argsort()].view(8, -1)
             batches = list(drawn[torch.randperm(8, generator=generator)])
         batch = batches.pop(0)
+        texts = as_batch(rows[batch.tensor_split(count)[rank]], device)  # this process's share
+        weight = lengths[batch].sum().item() / mean_tokens
         with mixed(config, device):
-            total = nll(policy, rows[batch.tensor_split(count)[rank]], "sum")  # of this process's share
+            loss = mean_gradient(policy, lambda part: {"loss": weight * nll(policy, part)}, texts, config,
+                                 max_grad_norm=1.0)["loss"]
         optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / 50, 1 - step / (steps + 1))
-        gradient_step(policy, total / mean_tokens, optimizer, max_grad_norm=1.0)
-        nats, tokens = nats + all_sum(total.detach()).item(), tokens + lengths[batch].sum().item()
+        optimizer.step()
+        nats, tokens = nats + loss * mean_tokens, tokens + lengths[batch].sum().item()
         if step % 100 == 0:
             print(f"pretrain {step:5d}/{steps}  loss {nats / tokens:.3f} nats per token  "
                   f"{time.perf_counter() - start:.0f} s", flush=True)
@@ -360,7 +370,6 @@ class Episodes:
 
     rollout: Rollout
     completions: list[Text]  # B of them, as a reward gets them
-    logprobs: torch.Tensor  # (B, T) log π(a_t|s_t)
     ref_logprobs: torch.Tensor  # (B, T) log π_ref(a_t|s_t)
     kl: torch.Tensor  # (B, T) exact KL(π‖π_ref) at s_t
     entropy: torch.Tensor  # (B, T) of π(·|s_t)
@@ -370,20 +379,24 @@ class Episodes:
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
     """Let the policy complete the prompts, and compare it with the reference. Returns Episodes.
 
-    temperature: of sampling, 0 is greedy. The reference is taken at the temperature of training.
+    temperature: of sampling, 0 is greedy. They are compared at the temperature of training.
     """
+    def compare(part):
+        logp = old_log_probs(policy, part, config)  # (b, T, V)
+        ref_logp = log_probs(reference, part.obs, config.temperature)
+        return {"ref_logprobs": chosen(ref_logp, part.actions), "kl": kl_divergence(logp, ref_logp),
+                "entropy": entropy(logp)}
+
     with mixed(config, next(policy.parameters()).device):
         rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
                          tokenizer.eos_token, temperature, generator)
-        ref_logp = log_probs(reference, rollout.tokens[:, :-1], config.temperature)  # (B, T, V)
-    actions, mask = rollout.tokens[:, 1:], rollout.mask  # (B, T)
-    ref_logprobs = chosen(ref_logp, actions)
+        actions, mask = rollout.tokens[:, 1:], rollout.mask  # (B, T)
+        found = in_parts(compare, Batch(rollout.tokens[:, :-1], actions, mask, logp=rollout.logp), config)
     length, ended = mask.sum(1), (mask & (actions == tokenizer.eos_token)).any(1)  # (B,)
-    fluency = ref_logprobs.masked_fill(~mask, 0).sum(1) / length
+    fluency = found["ref_logprobs"].masked_fill(~mask, 0).sum(1) / length
     columns = zip(rollout.completions(tokenizer), length.tolist(), ended.tolist(), fluency.tolist())
     completions = [Text(text, length=n, ended=e, fluency=f) for text, n, e, f in columns]
-    return Episodes(rollout, completions, chosen(rollout.logp, actions), ref_logprobs,
-                    kl_divergence(rollout.logp, ref_logp), entropy(rollout.logp))
+    return Episodes(rollout, completions, **found)
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
@@ -397,16 +410,15 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
     episodes = run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
                             generators["sample"])
-    tokens, mask = episodes.rollout.tokens, episodes.rollout.mask
+    tokens, mask, logprobs, logp = vars(episodes.rollout).values()
     obs, actions = tokens[:, :-1], tokens[:, 1:]  # (B, T)
     scores = torch.tensor(score(task.reward, prompts, episodes.completions), device=mask.device)  # (B,)
-    rewards = token_rewards(scores, mask, episodes.logprobs, episodes.ref_logprobs, config.kl_coef)
+    rewards = token_rewards(scores, mask, logprobs, episodes.ref_logprobs, config.kl_coef)
     values = torch.zeros_like(rewards)
     if critic:  # of a new critic every value becomes the mean return; those of a fitted one stay
         mean, variance = mean_and_variance(discounted_returns(rewards, mask, config.gamma), mask)
         critic.set_units(mean, variance.sqrt())
-        with torch.no_grad():
-            values = critic(obs)
+        values = in_parts(lambda part: {"values": critic(part.obs)}, Batch(obs, actions, mask), config)["values"]
     advantages, returns = ADVANTAGES[config.advantage](rewards, scores, values, mask, config)
     if config.whiten:
         advantages = whiten(advantages, mask)
@@ -419,8 +431,8 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     if config.advantage in ("rloo", "grpo"):
         groups = scores.view(-1, config.group_size)
         stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1).tolist())
-    return Batch(obs, actions, mask, episodes.logprobs, advantages, returns, values, episodes.ref_logprobs,
-                 scores), stats
+    return Batch(obs, actions, mask, logprobs, advantages, returns, values, episodes.ref_logprobs, scores,
+                 logp), stats
 
 
 def evaluate(task, policy, reference, tokenizer, config):
@@ -639,7 +651,7 @@ def train(config, resume=False):
     for iteration in range(len(history) + 1, config.iterations + 1):
         start, generators = time.perf_counter(), random_generators(config.seed, iteration, device)
         batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
-        with mixed(config, device, cache_enabled=False):  # no cached casts: the weights change within
+        with mixed(config, device):
             stats |= ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
             if critic:
                 stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
@@ -751,7 +763,8 @@ def plot(groups, path):
 
 
 # Options that a run may change between its start and its end.
-INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "tensorboard", "eval_every", "save_every")
+INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "micro_batch", "tensorboard", "eval_every",
+              "save_every")
 
 
 def is_finished(config):
