@@ -26,7 +26,6 @@ from statistics import fmean, stdev
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from advantage import (ADVANTAGES, all_sum, discounted_returns, masked_mean, mean_and_variance, processes,
                        token_rewards, whiten)
@@ -418,7 +417,8 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     if critic:  # of a new critic every value becomes the mean return; those of a fitted one stay
         mean, variance = mean_and_variance(discounted_returns(rewards, mask, config.gamma), mask)
         critic.set_units(mean, variance.sqrt())
-        values = in_parts(lambda part: {"values": critic(part.obs)}, Batch(obs, actions, mask), config)["values"]
+        value = lambda part: {"values": critic(part.obs)}
+        values = in_parts(value, Batch(obs, actions, mask), config)["values"]
     advantages, returns = ADVANTAGES[config.advantage](rewards, scores, values, mask, config)
     if config.whiten:
         advantages = whiten(advantages, mask)

@@ -110,6 +110,10 @@ def textbook(policy, batch):
     return lambda v: flatten(torch.autograd.grad(gradient @ v, params, retain_graph=True))
 
 
+def product(policy, batch):
+    return fisher_vector_product(policy, batch, train.Config())
+
+
 def peak(size, make_product):
     """MiB by which one product, with its graph, raises the high water of a forward pass."""
     for size in [(1, 2, *size[2:]), size]:  # first a small one: what torch loads at first use does not count
@@ -125,13 +129,13 @@ def fisher():
     for size in SIZES:
         policy, batch = make(size)
         v = flatten(policy.parameters()).detach()  # some vector of that length
-        ours, theirs = fisher_vector_product(policy, batch), textbook(policy, batch)
+        ours, theirs = product(policy, batch), textbook(policy, batch)
         t = in_turns(5, {"forward": lambda: forward(policy, batch.obs), "ours": lambda: ours(v),
                          "textbook": lambda: theirs(v),
-                         "ours with its graph": lambda: fisher_vector_product(policy, batch)(v),
+                         "ours with its graph": lambda: product(policy, batch)(v),
                          "textbook with its graph": lambda: textbook(policy, batch)(v)})
         rows.append(in_forwards(t, size) | {
-            "ours, MiB": alone(peak, size, fisher_vector_product),
+            "ours, MiB": alone(peak, size, product),
             "textbook, MiB": alone(peak, size, textbook),
             "relative difference": ((ours(v) - theirs(v)).norm() / theirs(v).norm()).item()})
     return show("A Fisher-vector product over all episodes, in forward passes", rows)

@@ -25,7 +25,7 @@ SOLVED = 475  # the mean length of 100 greedy episodes that counts as solved
 
 CONFIG = dict(episodes=16, iterations=200, gamma=0.99, lam=0.95, temperature=1.0, max_grad_norm=0.5,
               critic_lr=3e-3, critic_epochs=10, minibatches=8, delta=0.01, cg_iters=10, damping=0.1,
-              fisher_fraction=1.0, lr=1e-3, clip=0.2, epochs=10, target_kl=0.03)
+              fisher_fraction=1.0, lr=1e-3, clip=0.2, epochs=10, target_kl=0.03, micro_batch=10_000)
 OVERRIDES = {"reinforce": dict(lr=1e-2), "trpo": {}, "ppo": {}}
 
 

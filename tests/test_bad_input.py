@@ -147,7 +147,8 @@ VALUES = """
     --n-layer 0 ; --n-head 0 3 ; --n-embd 0 17 ; --pretrain-steps -1 ; --pretrain-batch 0
     --pretrain-lr nan -1 ; --iterations -1 1.5 ; --batch-size 0 99999999999999999999 ; --group-size 0 5
     --max-new-tokens 0 ; --temperature 0 inf ; --kl-coef -1 ; --gamma -0.1 1.1 nan ; --lam 2 nan
-    --whiten 2 yes ; --lr -1 inf x ; --max-grad-norm -1 ; --epochs 0 ; --minibatches 0 17 ; --clip -1 1e39
+    --whiten 2 yes ; --lr -1 inf x ; --max-grad-norm -1 ; --epochs 0 ; --minibatches 0 17 ;
+    --micro-batch 0 -1 x ; --clip -1 1e39
     --target-kl -1 ; --delta -1 ; --cg-iters 0 ; --damping -1 ; --fisher-fraction 0 1.5 ; --critic-lr x -1
     --critic-epochs 0 ; --eval-episodes 1 ; --eval-every -1 ; --save-every 0
 """

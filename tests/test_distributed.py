@@ -27,7 +27,7 @@ from rollout import Tokenizer
 B, T, V, TEMPERATURE = 12, 7, 11, 0.9
 SIZES = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=8)
 CONFIG = dict(temperature=TEMPERATURE, max_grad_norm=0.1, clip=0.01, epochs=3, target_kl=0.01, delta=0.01,
-              cg_iters=10, damping=0.1, critic_epochs=2)
+              cg_iters=10, damping=0.1, critic_epochs=2, micro_batch=20)
 WHOLE = dict(minibatches=1, fisher_fraction=1.0)
 PARTS = dict(minibatches=2, fisher_fraction=0.4)
 
@@ -89,7 +89,7 @@ def whole_batch_results():
     vector = rand(sum(p.numel() for p in policy.parameters()))
     return update_results(WHOLE, generator) | {
         "mean": masked_mean(batch.returns, batch.mask),
-        "fisher": fisher_vector_product(policy, batch, TEMPERATURE)(vector),
+        "fisher": fisher_vector_product(policy, batch, SimpleNamespace(**CONFIG))(vector),
         "pretraining": pretraining_result()}
 
 
@@ -99,7 +99,8 @@ def pretraining_result():
     before = flatten(policy.parameters()).detach()
     texts = [torch.randint(V, (2 + i % 7,), generator=generator(i)).tolist() for i in range(40)]
     rows = train.to_rows(texts, 8)
-    config = SimpleNamespace(pretrain_steps=5, pretrain_batch=6, pretrain_lr=1e-2, dtype="float32")
+    config = SimpleNamespace(pretrain_steps=5, pretrain_batch=6, pretrain_lr=1e-2, dtype="float32",
+                             micro_batch=20)
     train.maximize_likelihood(policy, rows, config, generator())
     return flatten(policy.parameters()).detach() - before
 

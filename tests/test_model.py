@@ -52,12 +52,13 @@ def test_policy_equals_the_transformer_of_torch(policy):
 @pytest.mark.parametrize("cuts", [[8], [1] * 8, [5, 1, 1, 1], [3, 4, 1]])
 def test_cached_decoding_equals_the_full_forward(policy, cuts):
     cache, logits = policy.kv_cache(T), policy(TOKENS)
-    parts = [policy(part, cache) for part in TOKENS[:, :8].split(cuts, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), logits[:, :8])
+    for part in TOKENS[:, :8].split(cuts, dim=1):
+        newest = policy(part, cache)  # the logits of the last token
+        torch.testing.assert_close(newest, logits[:, cache[0].length - 1:cache[0].length])
     rows = torch.tensor([3, 1])  # two of the four sequences go on
     for layer in cache:
         layer.keep_rows(rows)
-    torch.testing.assert_close(policy(TOKENS[rows, 8:], cache), logits[rows, 8:])
+    torch.testing.assert_close(policy(TOKENS[rows, 8:], cache), logits[rows, -1:])
 
 
 def test_more_tokens_than_the_context_are_refused(policy):

@@ -19,7 +19,7 @@ import reward
 import rollout
 import train
 from advantage import ADVANTAGES
-from algos import chosen, fit_critic
+from algos import chosen, fit_critic, mean_gradient
 from helpers import ROOT, SMALL, TASK, TINY, contents, rows, task_file
 from model import GPT, BadInput, Critic, GPTConfig, save_gpt2
 from rollout import Tokenizer, load_checkpoint, sample
@@ -198,7 +198,7 @@ def test_the_unit_of_the_reward_changes_nothing(out, algo):
     for one, other in zip(*tables):
         assert float(other.pop("reward")) == pytest.approx(100 * float(one.pop("reward")), rel=1e-3)
         for name, value in one.items():
-            rounding = 1e-2 if name == "cg_residual" else 1e-4  # what is left after ten products is rounding
+            rounding = 5e-2 if name == "cg_residual" else 1e-4  # what is left after ten products is rounding
             assert float(other[name]) == pytest.approx(float(value), rel=1e-3, abs=rounding), name
 
 
@@ -309,7 +309,7 @@ def test_pretrained_weights_are_kept_for_exactly_what_decides_them(tmp_path, mon
                   iterations=1, batch_size=32, group_size=8, max_new_tokens=10, temperature=0.5, kl_coef=1,
                   gamma=0.9, lam=0.9, whiten=0, lr=1, max_grad_norm=2, epochs=1, minibatches=1, clip=0.1,
                   target_kl=1, delta=1, cg_iters=1, damping=1, fisher_fraction=1, critic_lr=1,
-                  critic_epochs=1, eval_episodes=2, eval_every=1, save_every=1)
+                  critic_epochs=1, eval_episodes=2, eval_every=1, save_every=1, micro_batch=99)
     elsewhere = {"task", "init", "out", "overwrite", "tensorboard"}  # below, or without a value
     assert {*decisive, *others, *elsewhere} == {*asdict(train.Config())}
     files = kept()
@@ -387,8 +387,8 @@ def test_bfloat16_is_the_precision_of_matrix_products_only(out, monkeypatch):
         assert {tensor.dtype for tensor in weights} == {torch.float32}
         assert 0 <= saved["history"][0]["kl"] < 1e-3  # the cached pass and the full one round differently
     half, full = {torch.bfloat16}, {torch.float32}
-    assert seen == {"sample": half, "log_probs": half, "fit_critic": half, "reinforce": half, "ppo": half,
-                    "nll": half | full, "trpo": full}  # bits per byte and TRPO: in full precision
+    assert seen == {"sample": half, "log_probs": half | full, "fit_critic": half, "reinforce": half,
+                    "ppo": half, "nll": half | full, "trpo": full}  # bits per byte and TRPO: in full precision
 
 
 # Pretraining.
@@ -412,19 +412,22 @@ def test_nll_and_bits_per_byte_are_sums_over_predicted_tokens():
         nats += [-logp[t, token].item() for t, token in enumerate(text[1:])]
         size += sum(len(tokenizer.encoding.decode_single_token_bytes(token)) for token in text[1:-1])
     table = train.to_rows(texts, 8)
-    assert train.nll(policy, table, "sum").item() == pytest.approx(sum(nats), rel=1e-5)
-    assert train.nll(policy, table, "mean").item() == pytest.approx(fmean(nats), rel=1e-5)
+    batch = train.as_batch(table, "cpu")
+    assert train.nll(policy, batch)[batch.mask].tolist() == pytest.approx(nats, rel=1e-5)
     bits = sum(nats) / math.log(2)
-    assert train.bits_per_byte(policy, table, tokenizer, 2) == pytest.approx(bits / size, rel=1e-5)
+    for size_of_a_part in (1, 5, 100):
+        config = SimpleNamespace(micro_batch=size_of_a_part)
+        assert train.bits_per_byte(policy, table, tokenizer, config) == pytest.approx(bits / size, rel=1e-5)
 
 
 def test_maximum_likelihood_reaches_the_entropy_of_the_texts():
     """Of four equally likely texts: log 4 nats."""
     texts = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2], [0, 2, 1, 3], [0, 3, 2, 1]] * 16)
     policy = GPT(GPTConfig(4, 8, 1, 2, 16), torch.Generator().manual_seed(0))
-    config = SimpleNamespace(pretrain_steps=200, pretrain_batch=16, pretrain_lr=1e-2, dtype="float32")
+    config = SimpleNamespace(pretrain_steps=200, pretrain_batch=16, pretrain_lr=1e-2, dtype="float32",
+                             micro_batch=1024)
     train.maximize_likelihood(policy, texts, config, torch.Generator().manual_seed(0))
-    after = train.nll(policy, texts, "sum").item() / len(texts)
+    after = train.nll(policy, train.as_batch(texts, "cpu")).sum().item() / len(texts)
     assert math.log(4) <= after < 1.05 * math.log(4)
 
 
@@ -434,10 +437,22 @@ def test_every_token_weighs_the_same_in_pretraining_however_long_its_text(monkey
     losses, rows = [], torch.full((64, 10), -100)
     for i, row in enumerate(rows):
         row[:4 if i % 2 else 10] = i % 2
-    monkeypatch.setattr(train, "gradient_step", lambda policy, loss, *_, **__: losses.append(loss.item()))
-    monkeypatch.setattr(train, "nll", lambda policy, part, reduction: (part[:, 1:] >= 0).sum().float())
-    config = SimpleNamespace(pretrain_steps=80, pretrain_batch=8, pretrain_lr=1e-2, dtype="float32")
-    train.maximize_likelihood(torch.nn.Linear(1, 1), rows, config, torch.Generator().manual_seed(0))
+
+    class Scalar(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(1.0))
+
+    def gradient(policy, loss, batch, config, max_grad_norm):
+        means = mean_gradient(policy, loss, batch, config, max_grad_norm)
+        losses.append(means["loss"])
+        return means
+
+    monkeypatch.setattr(train, "mean_gradient", gradient)
+    monkeypatch.setattr(train, "nll", lambda policy, texts: 1 + 0 * policy.w.expand(texts.mask.shape))
+    config = SimpleNamespace(pretrain_steps=80, pretrain_batch=8, pretrain_lr=1e-2, dtype="float32",
+                             micro_batch=1024)
+    train.maximize_likelihood(Scalar(), rows, config, torch.Generator().manual_seed(0))
     losses = torch.tensor(losses).view(10, 8)
     torch.testing.assert_close(losses.mean(1), torch.ones(10))
     torch.testing.assert_close(losses.amax(1) / losses.amin(1), torch.full((10,), 9 / 3))
@@ -446,10 +461,12 @@ def test_every_token_weighs_the_same_in_pretraining_however_long_its_text(monkey
 def test_the_loss_that_pretraining_prints_is_that_of_a_token(capsys):
     rows = torch.tensor([[0, 1, 1, 1, 1], [0, 2, -100, -100, -100]] * 50)
     policy = GPT(GPTConfig(3, 8, 1, 1, 8), torch.Generator().manual_seed(0))
-    config = SimpleNamespace(pretrain_steps=100, pretrain_batch=8, pretrain_lr=0.0, dtype="float32")
+    config = SimpleNamespace(pretrain_steps=100, pretrain_batch=8, pretrain_lr=0.0, dtype="float32",
+                             micro_batch=1024)
     train.maximize_likelihood(policy, rows, config, torch.Generator().manual_seed(0))
     printed = float(re.search(r"loss (\S+) nats per token", capsys.readouterr().out)[1])
-    assert printed == pytest.approx(train.nll(policy, rows, "mean").item(), abs=2e-3)
+    texts = train.as_batch(rows, "cpu")
+    assert printed == pytest.approx(train.nll(policy, texts)[texts.mask].mean().item(), abs=2e-3)
 
 
 @pytest.mark.parametrize("different, held_out", [(250, {3}), (100, {2, 3})])  # or 2 to 3 copies of each
@@ -490,7 +507,7 @@ def world():
                        lambda prompt, completion: len(completion))
     config = SimpleNamespace(batch_size=32, group_size=2, max_new_tokens=6, temperature=0.7, kl_coef=0.3,
                              gamma=0.9, lam=0.8, whiten=0, advantage="gae", eval_episodes=50, dtype="float32",
-                             critic_epochs=1, minibatches=1, max_grad_norm=1.0)
+                             critic_epochs=1, minibatches=1, max_grad_norm=1.0, micro_batch=40)
     return task, policy, reference, critic, Tokenizer.from_merges([]), config
 
 
@@ -557,8 +574,9 @@ def test_collect_aligns_every_number_with_its_action(world, advantage, whiten):
         means["explained_variance"] = 1 - (errors ** 2).mean().item() / returns.var(unbiased=False).item()
     assert stats == pytest.approx(means, rel=1e-3)
     assert batch.scores.tolist() == scores
-    torch.testing.assert_close(batch.values, values)
-    torch.testing.assert_close(batch.ref_logprobs, chosen(ref, batch.actions), rtol=0, atol=1e-4)
+    torch.testing.assert_close(batch.values[batch.mask], values[batch.mask])
+    ref_logprobs = chosen(ref, batch.actions)
+    torch.testing.assert_close(batch.ref_logprobs[batch.mask], ref_logprobs[batch.mask], rtol=0, atol=1e-4)
 
 
 def test_evaluate_reports_means_over_held_out_prompts(world):

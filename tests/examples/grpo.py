@@ -13,22 +13,26 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 from advantage import all_sum, group_normalize
-from algos import chosen, gradient_step, log_probs, minibatches
+from algos import chosen, log_probs, mean_gradient, minibatches
 
 
 def grpo(policy, batch, optimizer, config, generator=None):
     advantages = group_normalize(batch.scores, config.group_size)[:, None] * batch.mask
     batch, losses = replace(batch, advantages=advantages), []
-    for _, mb in minibatches(batch, config.epochs, config.minibatches, generator):
-        logp = chosen(log_probs(policy, mb.obs, config.temperature), mb.actions)  # (b, T)
-        ratio, log_ratio = (logp - mb.logprobs).exp(), mb.ref_logprobs - logp
-        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-        k3 = log_ratio.exp() - 1 - log_ratio
-        gain = torch.min(ratio * mb.advantages, clipped * mb.advantages) - config.kl_coef * k3
-        means = gain.masked_fill(~mb.mask, 0).sum(1) / mb.mask.sum(1)  # (b,) of each episode's actions
-        loss = -means.sum() / all_sum(torch.tensor(len(means), device=means.device))
-        gradient_step(policy, loss, optimizer, config.max_grad_norm)
-        losses.append(loss.item())
+    for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
+        lengths = minibatch.mask.sum(1)
+        mean_length = all_sum(lengths.sum()) / all_sum(torch.ones_like(lengths).sum())
+
+        def loss(part):
+            logp = chosen(log_probs(policy, part.obs, config.temperature), part.actions)  # (b, T)
+            ratio, log_ratio = (logp - part.logprobs).exp(), part.ref_logprobs - logp
+            clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+            k3 = log_ratio.exp() - 1 - log_ratio
+            gain = torch.min(ratio * part.advantages, clipped * part.advantages) - config.kl_coef * k3
+            return {"loss": -gain * mean_length / part.mask.sum(1, keepdim=True)}  # not by action: by episode
+
+        losses.append(mean_gradient(policy, loss, minibatch, config, config.max_grad_norm)["loss"])
+        optimizer.step()
     return {"loss": sum(losses) / len(losses)}
 
 
