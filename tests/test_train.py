@@ -388,7 +388,7 @@ def test_bfloat16_is_the_precision_of_matrix_products_only(out, monkeypatch):
         assert 0 <= saved["history"][0]["kl"] < 1e-3  # the cached pass and the full one round differently
     half, full = {torch.bfloat16}, {torch.float32}
     assert seen == {"sample": half, "log_probs": half | full, "fit_critic": half, "reinforce": half,
-                    "ppo": half, "nll": half | full, "trpo": full}  # bits per byte and TRPO: in full precision
+                    "ppo": half, "nll": half | full, "trpo": full}  # bits per byte, TRPO: full
 
 
 # Pretraining.
