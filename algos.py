@@ -50,7 +50,7 @@ def micro_batches(batch, size):
     the batch, and little is computed where mask is False; sums are the same but for rounding.
     """
     columns = torch.arange(1, batch.mask.shape[1] + 1, device=batch.mask.device)
-    lengths, order = (batch.mask * columns).amax(1).sort(descending=True)
+    lengths, order = (batch.mask * columns).amax(1).clamp(min=1).sort(descending=True)
     lengths, start = lengths.tolist(), 0
     while start < len(lengths):
         stop = start + max(1, size // lengths[start])
@@ -172,7 +172,7 @@ def reinforce(policy, batch, optimizer, config, generator=None):
 
     stats = mean_gradient(policy, loss, batch, config, config.max_grad_norm)
     optimizer.step()
-    first = batch.rows(slice(64))  # the KL of all episodes would take a third of the update's time
+    first = batch.rows(slice(64))  # the KL of all episodes would take a quarter of the update's time
     return stats | {"kl_update": mean_kl(old, policy, first, config)}
 
 
@@ -210,7 +210,8 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
     The loss is divided by the returns' variance, so that its gradient does not depend on the reward's unit.
     """
     _, variance = mean_and_variance(batch.returns, batch.mask)
-    variance, batch = variance.clamp(min=1e-8), replace(batch, logp=None)
+    variance = variance.clamp(min=1e-8)
+    batch = replace(batch, logp=None)  # not needed here, and the largest to copy into parts
     unexplained, losses = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance, []
 
     def loss(part):
@@ -342,13 +343,14 @@ def trpo(policy, batch, optimizer, config, generator=None):
     xFx = x @ (g - r)  # since (F + damping I) x = g - r
 
     def compare(part):
-        before = old_log_probs(old, part, config)  # (b, T, A)
-        now = log_probs(policy, part.obs, config.temperature)
-        return {"gain": surrogate(part, now) - surrogate(part, before), "kl": kl_divergence(before, now)}
+        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
+        return {"surrogate": surrogate(part, logp),
+                "kl": kl_divergence(old_log_probs(old, part, config), logp)}
 
     def evaluate():
         found = in_parts(compare, batch, config)
-        return masked_mean(found["gain"], batch.mask), masked_mean(found["kl"], batch.mask)
+        gain = masked_mean(found["surrogate"], batch.mask) + stats["loss"]  # the loss is minus the old one
+        return gain, masked_mean(found["kl"], batch.mask)
 
     stats |= {"kl_update": 0.0, "accepted": 0, "halvings": 0, "gain": 0.0, "step_norm": 0.0,
               "cg_residual": 0.0}

@@ -57,11 +57,9 @@ class KVCache:
 
     def keep_rows(self, rows):
         """Drop all sequences of the batch but these. rows: (B',) indices."""
-        for name in ("k", "v"):
-            old = getattr(self, name)
-            new = old.new_empty(self.max_length, len(rows), *old.shape[2:])
-            new[:self.length] = old[:self.length, rows]
-            setattr(self, name, new)
+        k, v = (x[:self.length, rows].permute(1, 2, 0, 3) for x in (self.k, self.v))
+        self.length = 0
+        self.append(k, v)
 
 
 def cached_attention(q, k, v):

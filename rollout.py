@@ -189,8 +189,8 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     tokens = tokens.to(device)
     start = torch.tensor(lengths, device=device) - 1  # (B,) each row's first action
     stop = start + max_new_tokens  # (B,) one past its last action; sooner once it chooses eos_token
-    zeros, V = next(policy.parameters()).new_zeros, policy.config.vocab_size
-    logprobs, kept = zeros(B, T), zeros(B, T, V) if B * T * V <= KEPT else None
+    logprobs, V = next(policy.parameters()).new_zeros(B, T), policy.config.vocab_size
+    kept = logprobs.new_zeros(B, T, V) if B * T * V <= KEPT else None
 
     # Column t of uniforms is for action t: a row's i-th action gets its i-th number, whatever its neighbours.
     columns = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)

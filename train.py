@@ -378,7 +378,7 @@ class Episodes:
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
     """Let the policy complete the prompts, and compare it with the reference. Returns Episodes.
 
-    temperature: of sampling, 0 is greedy. They are compared at the temperature of training.
+    temperature: of sampling, 0 is greedy. The reference is taken at the temperature of training.
     """
     def compare(part):
         logp = old_log_probs(policy, part, config)  # (b, T, V)
@@ -409,10 +409,10 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
     episodes = run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
                             generators["sample"])
-    tokens, mask, logprobs, logp = vars(episodes.rollout).values()
-    obs, actions = tokens[:, :-1], tokens[:, 1:]  # (B, T)
+    rollout, mask = episodes.rollout, episodes.rollout.mask
+    obs, actions = rollout.tokens[:, :-1], rollout.tokens[:, 1:]  # (B, T)
     scores = torch.tensor(score(task.reward, prompts, episodes.completions), device=mask.device)  # (B,)
-    rewards = token_rewards(scores, mask, logprobs, episodes.ref_logprobs, config.kl_coef)
+    rewards = token_rewards(scores, mask, rollout.logprobs, episodes.ref_logprobs, config.kl_coef)
     values = torch.zeros_like(rewards)
     if critic:  # of a new critic every value becomes the mean return; those of a fitted one stay
         mean, variance = mean_and_variance(discounted_returns(rewards, mask, config.gamma), mask)
@@ -431,8 +431,8 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     if config.advantage in ("rloo", "grpo"):
         groups = scores.view(-1, config.group_size)
         stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1).tolist())
-    return Batch(obs, actions, mask, logprobs, advantages, returns, values, episodes.ref_logprobs, scores,
-                 logp), stats
+    return Batch(obs, actions, mask, rollout.logprobs, advantages, returns, values, episodes.ref_logprobs,
+                 scores, rollout.logp), stats
 
 
 def evaluate(task, policy, reference, tokenizer, config):

@@ -282,6 +282,8 @@ def test_micro_batches_hold_every_action_once_in_parts_of_like_length(policy):
         lengths = [part.mask.shape[1] for _, part in parts]
         assert lengths == sorted(lengths, reverse=True)
     assert [len(part.mask) for _, part in micro_batches(batch, 1)] == [1] * B
+    batch.mask[2] = False  # an episode without an action
+    assert sum(len(part.mask) for _, part in micro_batches(batch, 7)) == B
 
 
 @pytest.mark.parametrize("size", [1, 7, 12])
@@ -387,6 +389,7 @@ def test_ppo_ends_once_the_kl_exceeds_its_target(policy):
         stats = run(ppo, recorder, batch, sgd(recorder), epochs=5, target_kl=target)
         assert stats["steps"] == 1
         assert stats["kl_update"] == pytest.approx(kl)
+        assert len(recorder.seen) == 3  # the step, the KL that ends it, the KL reported
 
 
 @pytest.mark.parametrize("before, after, kl, steps", [(0.5, 0.99, 1.614, 1), (0.01, 0.5, 0.637, 3)])

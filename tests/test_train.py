@@ -198,7 +198,7 @@ def test_the_unit_of_the_reward_changes_nothing(out, algo):
     for one, other in zip(*tables):
         assert float(other.pop("reward")) == pytest.approx(100 * float(one.pop("reward")), rel=1e-3)
         for name, value in one.items():
-            rounding = 5e-2 if name == "cg_residual" else 1e-4  # what is left after ten products is rounding
+            rounding = 1e-2 if name == "cg_residual" else 1e-4  # what is left after ten products is rounding
             assert float(other[name]) == pytest.approx(float(value), rel=1e-3, abs=rounding), name
 
 
@@ -574,9 +574,10 @@ def test_collect_aligns_every_number_with_its_action(world, advantage, whiten):
         means["explained_variance"] = 1 - (errors ** 2).mean().item() / returns.var(unbiased=False).item()
     assert stats == pytest.approx(means, rel=1e-3)
     assert batch.scores.tolist() == scores
-    torch.testing.assert_close(batch.values[batch.mask], values[batch.mask])
+    until_end = batch.mask.flip(1).cumsum(1).flip(1) > 0  # prompts included
+    torch.testing.assert_close(batch.values[until_end], values[until_end])
     ref_logprobs = chosen(ref, batch.actions)
-    torch.testing.assert_close(batch.ref_logprobs[batch.mask], ref_logprobs[batch.mask], rtol=0, atol=1e-4)
+    torch.testing.assert_close(batch.ref_logprobs[until_end], ref_logprobs[until_end], rtol=0, atol=1e-4)
 
 
 def test_evaluate_reports_means_over_held_out_prompts(world):
