@@ -36,40 +36,27 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of one attention layer for the S tokens read so far: k and v (S, B, H, D).
-
-    Time is the first dimension, so that a decoding step reads one contiguous block and copies nothing.
-    """
+    """The keys and values of one attention layer for the S tokens read so far: k and v (B, H, S, D)."""
 
     def __init__(self, max_length):
         self.max_length, self.length = max_length, 0
         self.k = self.v = None  # made by the first append, which knows B, H and D
 
     def append(self, k, v):
-        """Store the keys and values (B, H, T, D) of T new tokens. Returns those of all, (S, B, H, D) each."""
+        """Store the keys and values (B, H, T, D) of T new tokens. Returns those of all, (B, H, S, D) each."""
         if self.length == 0:
             B, H, _, D = k.shape
-            self.k, self.v = (k.new_empty(self.max_length, B, H, D) for _ in range(2))
+            self.k, self.v = (k.new_empty(B, H, self.max_length, D) for _ in range(2))
         start, self.length = self.length, self.length + k.shape[2]
-        self.k[start:self.length] = k.permute(2, 0, 1, 3)
-        self.v[start:self.length] = v.permute(2, 0, 1, 3)
-        return self.k[:self.length], self.v[:self.length]
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
     def keep_rows(self, rows):
         """Drop all sequences of the batch but these. rows: (B',) indices."""
-        k, v = (x[:self.length, rows].permute(1, 2, 0, 3) for x in (self.k, self.v))
+        k, v = self.k[rows, :, :self.length], self.v[rows, :, :self.length]
         self.length = 0
         self.append(k, v)
-
-
-def cached_attention(q, k, v):
-    """Attention of the newest T of S tokens. q: (B, H, T, D).  k, v: (S, B, H, D).  Returns (B, H, T, D)."""
-    T, S = q.shape[2], len(k)
-    if T == 1:  # a decoding step: softmax(q kᵀ / √D) v written out; the fused kernel is slower for one query
-        scores = (k * (q[:, :, 0] / math.sqrt(q.shape[-1]))).sum(-1)  # (S, B, H)
-        return (scores.softmax(0).unsqueeze(-1) * v).sum(0).unsqueeze(2)
-    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # query t sees keys up to S-T+t
-    return F.scaled_dot_product_attention(q, k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), attn_mask=visible)
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,10 +70,13 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-        else:
-            y = cached_attention(q, *cache.append(k, v))
+        visible = None
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D) each, of which q is the newest T
+            S = k.shape[2]
+            if T > 1:  # query t sees the keys up to S-T+t; a single one sees all
+                visible = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=cache is None)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

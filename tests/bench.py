@@ -1,8 +1,9 @@
 """Time and memory, as ratios measured in one run: `python tests/bench.py [PART …] [--json FILE]`.
 
 Parts: fisher, updates, iteration and sampling run by default, in about five minutes. By name only: seconds, a
-default run by its phases and operators; growth, an iteration at growing sizes; processes, an iteration on two
-processes, on two threads and in bfloat16.
+default run by its phases and operators; growth, an iteration at growing sizes; memory, an iteration with
+GPT-2's vocabulary and of GPT-2's size; processes, an iteration on two processes, on two threads and in
+bfloat16.
 Machines are shared and noisy. So what is compared runs in turns, and a ratio is the median of the ratios of
 the turns. Run nothing else beside it. OMP_NUM_THREADS sets the number of threads.
 """
@@ -284,41 +285,55 @@ def seconds(options=()):
             show("10 RL iterations and two greedy evaluations, by operator: the 15 largest", operators))
 
 
-GROWTH = {"episodes": [(batch, 64, 2, 4, 128) for batch in (64, 128, 256, 512, 1024)],
-          "tokens": [(64, tokens, 2, 4, 128) for tokens in (16, 32, 64, 128, 256)],
-          "weights": [(16, 32, *shape) for shape in ((2, 2, 64), (5, 4, 128), (6, 12, 384), (14, 12, 768))]}
+GROWTH = {"episodes": [("trpo", batch, 64, 2, 4, 128, 257) for batch in (64, 128, 256, 512, 1024)],
+          "tokens": [("trpo", 64, tokens, 2, 4, 128, 257) for tokens in (16, 32, 64, 128, 256)],
+          "weights": [("trpo", 16, 32, *shape, 257) for shape in
+                      ((2, 2, 64), (5, 4, 128), (6, 12, 384), (14, 12, 768))]}
+MEMORY = {"of GPT-2's vocabulary": [(algo, 256, 64, 4, 4, 256, 50257) for algo in train.ALGOS],
+          "of GPT-2's vocabulary, more episodes": [("reinforce", batch, 64, 4, 4, 256, 50257)
+                                                   for batch in (64, 256, 1024)],
+          "of GPT-2's size": [(algo, 64, 32, 12, 12, 768, 50257) for algo in train.ALGOS]}
 
 
-def one_iteration(batch_size, length, n_layer, n_head, n_embd):
-    """The number of parameters, seconds of the second of two TRPO iterations, and MiB that both need."""
-    config, _ = train.parse(["--batch-size", str(batch_size), "--max-new-tokens", str(length - 1)])
-    tokenizer = Tokenizer.from_merges([])
-    policy = GPT(GPTConfig(256, length, n_layer, n_head, n_embd))  # without end of text: all of full length
-    task = Task([], ["a"], ["a"], lambda prompt, completion: completion.count("e"), None)
+def one_iteration(algo, batch_size, length, n_layer, n_head, n_embd, vocab_size, warm_up):
+    """An iteration with its critic's fit: {"parameters", "s", "MiB" at most held, "above the start, MiB"}.
+
+    warm_up: whether another iteration goes before that which is timed.
+    """
+    config, _ = train.parse(["--algo", algo, "--batch-size", str(batch_size),
+                             "--max-new-tokens", str(length - 1), "--target-kl", "1000"])
+    tokenizer = Tokenizer.from_merges([f"{i:05}".encode() for i in range(vocab_size - 257)])
+    policy = GPT(GPTConfig(vocab_size - 1, length, n_layer, n_head, n_embd))  # no end of text: all are full
+    task = Task([], ["a"], ["a"], lambda prompt, completion: completion.count("1"), None)
     before = high_water()
     reference, critic = copy.deepcopy(policy).requires_grad_(False), Critic(policy.config, policy)
-    optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     generators = train.random_generators(0, 0, "cpu")
-
-    def run():
+    for _ in range(1 + warm_up):
+        start = time.perf_counter()
         batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
-        algos.trpo(policy, batch, None, config, generators["update"])
-        algos.fit_critic(critic, batch, optimizer, config, generators["update"])
+        train.ALGOS[algo](policy, batch, optimizer, config, generators["update"])
+        algos.fit_critic(critic, batch, critic_optimizer, config, generators["update"])
+    return {"parameters": sum(p.numel() for p in policy.parameters()), "s": time.perf_counter() - start,
+            "MiB": high_water(), "above the start, MiB": high_water() - before}
 
-    taken, = in_turns(1, {"run": run})["run"]
-    return sum(p.numel() for p in policy.parameters()), taken, high_water() - before
+
+def iterations(title, kinds, warm_up):
+    tables = {}
+    for kind, sizes in kinds.items():
+        rows = [{"algo": algo, SIZE: size, **alone(one_iteration, algo, *size, warm_up)}
+                for algo, *size in sizes]
+        tables |= show(f"{title} {kind}", rows)
+    return tables
 
 
 def growth():
-    tables = {}
-    for quantity, sizes in GROWTH.items():
-        measured = [alone(one_iteration, *size) for size in sizes]
-        _, first_s, first_mib = measured[0]
-        rows = [{"batch": batch_size, "tokens": length, "parameters": parameters, "s": s,
-                 "s / first": s / first_s, "MiB": mib, "MiB / first": mib / first_mib}
-                for (batch_size, length, *_), (parameters, s, mib) in zip(sizes, measured)]
-        tables |= show(f"A TRPO iteration with its critic's fit: more {quantity}", rows)
-    return tables
+    return iterations("A TRPO iteration with its critic's fit: more", GROWTH, warm_up=True)
+
+
+def memory():
+    return iterations("An iteration with its critic's fit", MEMORY, warm_up=False)
 
 
 KINDS = {"one process, one thread": (1, 1, "float32"), "two processes, one thread each": (2, 1, "float32"),
@@ -350,7 +365,8 @@ def processes(rounds=2):
                 "one thread", rows)
 
 
-PARTS = {part.__name__: part for part in (fisher, updates, iteration, sampling, seconds, growth, processes)}
+PARTS = {part.__name__: part
+         for part in (fisher, updates, iteration, sampling, seconds, growth, memory, processes)}
 
 
 def main():

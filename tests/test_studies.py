@@ -8,6 +8,7 @@ import torch
 
 import bench
 import compare
+import train
 from helpers import TINY
 from reward import Task, Text, accuracy
 from test_compare import cells, make_run
@@ -103,7 +104,8 @@ def test_a_ratio_is_the_median_of_the_ratios_of_the_turns():
 def tiny(monkeypatch):
     """Sizes that take no time, and everything in this process, whose high water seldom rises."""
     monkeypatch.setattr(bench, "SIZES", [(8, 4, 1, 2, 8, 11)])
-    monkeypatch.setattr(bench, "GROWTH", {"episodes": [(n, 8, 1, 2, 8) for n in (8, 16)]})
+    monkeypatch.setattr(bench, "GROWTH", {"episodes": [("trpo", n, 8, 1, 2, 8, 257) for n in (8, 16)]})
+    monkeypatch.setattr(bench, "MEMORY", {"each": [(algo, 8, 8, 1, 2, 8, 300) for algo in train.ALGOS]})
     monkeypatch.setattr(bench, "high_water", itertools.count(1.0).__next__)
     corpus = ["1+1=2", "2+1=3"] * 20
     problem = Text("1+1=", answer="2")
@@ -128,7 +130,7 @@ def test_the_parts_of_an_iteration_add_up(tiny):
     assert whole == pytest.approx(sum(ms.values()) - ms["forward"])
 
 
-@pytest.mark.parametrize("part", ["updates", "sampling", "growth"])
+@pytest.mark.parametrize("part", ["updates", "sampling", "growth", "memory"])
 def test_the_other_parts_of_the_benchmark_measure_something(tiny, part):
     for rows in bench.PARTS[part]().values():
         assert rows and all(value >= 0 for row in rows for value in row.values() if isinstance(value, float))
