@@ -1,4 +1,4 @@
-"""REINFORCE, PPO and TRPO, and the critic's fit.
+"""REINFORCE, PPO and TRPO, and the fits of the critic and of a reward model.
 
 A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). Nothing
 here knows that the actions are tokens. A loss is written for each action of a part of the batch;
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from advantage import all_sum, masked_mean, mean_and_variance, processes
@@ -221,6 +222,26 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
         losses.append(mean_gradient(critic, loss, minibatch, config, config.max_grad_norm)["loss"])
         optimizer.step()
     return {"critic_loss": fmean(losses), "explained_variance": 1 - unexplained.item()}
+
+
+def preference_loss(model, part):
+    """-log σ(r(better) - r(worse)) (b, T) of comparisons of two texts, and the accuracy of their order.
+
+    model: a Critic, whose value at a text's last token is its reward r. part: a Batch of comparisons, with
+    obs (b, T, 2), the tokens of the better and of the worse text, padded with -100, and mask True once a row.
+    Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
+    """
+    better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
+    loss, correct = -F.logsigmoid(better - worse), (better > worse).to(better.dtype)
+    return {name: x[:, None].expand(part.mask.shape) for name, x in (("loss", loss), ("accuracy", correct))}
+
+
+def fit_reward(model, batch, optimizer, config, count, generator=None):
+    """Fit a reward model to comparisons: one pass in `count` minibatch steps. batch: see preference_loss."""
+    for minibatch in minibatches(batch, 1, count, generator):
+        mean_gradient(model, lambda part: preference_loss(model, part), minibatch, config,
+                      config.max_grad_norm)
+        optimizer.step()
 
 
 # Second order.

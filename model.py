@@ -177,6 +177,11 @@ class Critic(nn.Module):
         deviation = self.value_head(self.transformer(tokens)).to(self.std.dtype).squeeze(-1)
         return self.mean + self.std * deviation
 
+    def at_end(self, tokens):
+        """(B,) the value at the last token of each row: of a whole text. tokens: (B, T), padded with -100."""
+        last = (tokens >= 0).sum(1, keepdim=True) - 1
+        return self(tokens.clamp(min=0)).gather(1, last).squeeze(1)
+
     @torch.no_grad()
     def set_units(self, mean, std):
         """Predict in units of returns with this mean and standard deviation: their size does not matter then.

@@ -1,7 +1,8 @@
 """Tasks: what to imitate, what to be prompted with, and what to be rewarded for.
 
 A built-in task is a function of a seed that returns a Task; `TASKS` names them. A task of your own is a
-Python file that defines the same names: corpus, prompts, heldout, reward and, optionally, metric.
+Python file that defines the same names: corpus, prompts, heldout, reward and, optionally, metric. In place
+of a reward it may define preferences, from which one is learned.
 """
 
 import math
@@ -9,9 +10,9 @@ import random
 import re
 import runpy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 
 class BadTask(ValueError):
@@ -39,6 +40,9 @@ class Task:
     heldout: list[str]  # openings for evaluation, none of them in prompts
     reward: Callable[[str, str], float]  # (prompt, completion) -> what RL maximises
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
+    # To learn a reward from: [(prompt, better, worse)]; or, for pairs of the pretrained policy's completions,
+    preferences: Any = None  # (prompt, first, second) -> the probability that the first is preferred
+    true_reward: Callable[[str, str], float] = None  # beside a learned one: reported, never trained on
 
 
 # Pieces for rewards, to be added up: lambda p, c: contains("tea")(p, c) - repetition(p, c).
@@ -104,25 +108,43 @@ def load_task(name, seed):
         raise BadTask(f"there is no task {name}: give {', '.join(TASKS)} or a Python file")
     sys.path.append(str(path.resolve().parent))  # so that it can import its neighbours
     fields = runpy.run_path(str(path))
-    missing = [field for field in ("prompts", "heldout", "reward") if field not in fields]
+    preferences, reward = fields.get("preferences"), fields.get("reward")
+    needed = ["prompts", "heldout"] + ["reward"] * (preferences is None)
+    missing = [field for field in needed if field not in fields]
     if missing:
         raise BadTask(f"{name} does not define {', '.join(missing)}")
     corpus = fields.get("corpus", [])
     corpus = [corpus] if isinstance(corpus, str) else corpus
-    reward = fields["reward"]
-    task = Task(corpus, fields["prompts"], fields["heldout"], reward, fields.get("metric", reward))
+    task = Task(corpus, fields["prompts"], fields["heldout"], reward, fields.get("metric", reward),
+                preferences)
     for field in ("corpus", "prompts", "heldout"):
         texts = getattr(task, field)
         if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
             raise BadTask(f"{name}: {field} must be a list of texts")
-    if not (callable(task.reward) and callable(task.metric)):
+    if not all(callable(f) or f is None and preferences is not None for f in (task.reward, task.metric)):
         raise BadTask(f"{name}: reward and metric must be functions of a prompt and a completion")
+    if not (preferences is None or callable(preferences)):
+        check_comparisons(name, preferences)
     if not (task.prompts and task.heldout):
         raise BadTask(f"{name}: prompts and heldout need at least one text each")
     common = set(task.prompts) & set(task.heldout)
     if common:
         raise BadTask(f"{name}: {min(common)!r} is in prompts and in heldout: heldout must be other texts")
     return task
+
+
+def check_comparisons(name, comparisons):
+    """Raises BadTask unless they are a list of (prompt, better, worse), of at least two prompts."""
+    if not isinstance(comparisons, (list, tuple)) or not comparisons:
+        raise BadTask(f"{name}: preferences must be a function, or a list of (prompt, better, worse)")
+    for comparison in comparisons:
+        if not (isinstance(comparison, (list, tuple)) and len(comparison) == 3
+                and all(isinstance(text, str) for text in comparison)):
+            raise BadTask(f"{name}: the preference {comparison!r:.200} must be (prompt, better, worse)")
+        if comparison[1] == comparison[2]:
+            raise BadTask(f"{name}: the preference {comparison!r:.200} has the same text twice")
+    if len({prompt for prompt, *_ in comparisons}) < 2:
+        raise BadTask(f"{name}: preferences need two different prompts, one of them to be held out")
 
 
 def judge(function, prompt, completion):
@@ -302,4 +324,23 @@ def hello(seed):
     return Task(corpus, prompts, heldout, contains("hello"), grammar.grammatical)
 
 
-TASKS = {"reviews": reviews, "addition": addition, "hello": hello}
+# Preferences: a reward that is learned, and what happens when it is trusted too much.
+
+def preferences(seed):
+    """Reviews, with a reward learned from comparisons.
+
+    The annotator likes kind words, and nothing that is not grammatical. But nearly all that the pretrained
+    policy writes is grammatical, so that the comparisons hardly tell what broken text is worth.
+    """
+    task = reviews(seed)
+
+    def taste(prompt, completion):
+        return opinion(prompt, completion) if task.metric(prompt, completion) else -1.0
+
+    def preferred(prompt, first, second):
+        return 1 / (1 + math.exp(-3 * (taste(prompt, first) - taste(prompt, second))))
+
+    return replace(task, reward=taste, preferences=preferred)
+
+
+TASKS = {"reviews": reviews, "addition": addition, "hello": hello, "preferences": preferences}

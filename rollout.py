@@ -17,8 +17,10 @@ from pathlib import Path
 import regex  # comes with tiktoken: re has no \p{L}
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from model import GPT, BadInput, GPTConfig, load_gpt2, save_gpt2
+from model import GPT, BadInput, Critic, GPTConfig, load_gpt2, save_gpt2
+from reward import batched
 
 # How a text is split into words, within which BPE merges bytes: contractions; letters, digits or signs with
 # the space before them; spaces. In ours a Chinese character is a word, so that a prompt that ends after one
@@ -240,6 +242,24 @@ def check_fit(prompts, tokenizer, max_new_tokens, block_size):
                            "larger --block-size")
 
 
+def text_tokens(prompt, completion, tokenizer):
+    """The tokens of a whole text, its end included unless completion.ended is False. (n,) int64."""
+    end = [tokenizer.eos_token] * getattr(completion, "ended", True)
+    return torch.tensor(tokenizer.encode(prompt) + tokenizer.encode(completion) + end)
+
+
+def learned_reward(model, tokenizer):
+    """The reward function of a reward model, a Critic that is read at the last token of the text."""
+    @batched
+    @torch.no_grad()
+    def learned(prompts, completions):
+        texts = [text_tokens(*text, tokenizer) for text in zip(prompts, completions)]
+        tokens = pad_sequence(texts, batch_first=True, padding_value=-100)
+        tokens = tokens[:, :model.transformer.config.block_size].to(model.mean.device)
+        return model.at_end(tokens).tolist()
+    return learned
+
+
 # Checkpoints.
 
 def write_atomically(path, write):
@@ -271,8 +291,9 @@ def save_checkpoint(path, policy, tokenizer, **more):
 def load_checkpoint(path, device="cpu"):
     """What `save_checkpoint` wrote: (policy, reference, tokenizer, {everything else}).
 
-    path: the file, or a run's directory. The reference is a copy of the policy where none was saved. Nothing
-    in the file is executed. Raises BadInput where it is missing, damaged or inconsistent.
+    path: the file, or a run's directory. The reference is a copy of the policy where none was saved, and
+    {everything else}["reward_model"] a Critic where one was. Nothing in the file is executed. Raises BadInput
+    where it is missing, damaged or inconsistent.
     """
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -288,6 +309,10 @@ def load_checkpoint(path, device="cpu"):
         policy, reference = GPT(config), GPT(config)
         policy.load_state_dict(weights)
         reference.load_state_dict(state.pop("reference", weights))
+        if "reward_model" in state:
+            weights, state["reward_model"] = state["reward_model"], Critic(config)
+            state["reward_model"].load_state_dict(weights)
+            state["reward_model"].to(device).requires_grad_(False)
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged or not a checkpoint of this program ({type(e).__name__})")
     return policy.to(device), reference.to(device), tokenizer, state
@@ -358,7 +383,8 @@ def main(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the fewest tokens that hold this "
                                                                  "probability together (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
-    parser.add_argument("--logprobs", action="store_true", help="each token's probability, now and before RL")
+    parser.add_argument("--logprobs", action="store_true", help="each token's probability, now and before RL, "
+                                                                "and the learned reward, if any")
     parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel")
     args = parser.parse_args(argv)
     if not 1 <= args.n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -385,6 +411,9 @@ def main(argv=None):
                 print(prompt + completion)
                 if args.logprobs:
                     print_logprobs(rollout, row, reference, tokenizer, temperature)
+                    if "reward_model" in more:
+                        reward, = learned_reward(more["reward_model"], tokenizer)([prompt], [completion])
+                        print(f"learned reward {reward:.2f}")
     except (BadInput, OSError, UnicodeDecodeError) as e:
         parser.error(str(e))
 

@@ -1,7 +1,7 @@
 """Teach a tiny GPT to write, then improve it by policy gradient: `python train.py --algo trpo`.
 
-A run: pretraining on the task's corpus, evaluation on held-out prompts, RL, evaluation again. Everything goes
-to runs/NAME. Recovery is one mechanism, the last checkpoint, which is written atomically every few
+A run: pretraining on the task's corpus, the fit of a reward model where the task has preferences, evaluation
+on held-out prompts, RL, evaluation again. Everything goes to runs/NAME. Recovery is one mechanism, the last checkpoint, which is written atomically every few
 iterations: whatever ends a run, `--resume` repeats what came after it, to the bit, since each iteration draws
 its random numbers from (seed, iteration). `python train.py --help` lists every option.
 """
@@ -14,27 +14,29 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import shlex
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
 from advantage import (ADVANTAGES, all_sum, discounted_returns, masked_mean, mean_and_variance, processes,
                        token_rewards, whiten)
-from algos import (Batch, check_finite, chosen, entropy, fit_critic, in_parts, kl_divergence, log_probs,
-                   mean_gradient, old_log_probs, ppo, reinforce, trpo)
+from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward, in_parts, kl_divergence,
+                   log_probs, mean_gradient, old_log_probs, ppo, preference_loss, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, distinct_n, load_task, score
-from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, load_checkpoint, load_weights, sample,
-                     save_checkpoint, write_atomically)
+from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, learned_reward, load_checkpoint, load_weights,
+                     sample, save_checkpoint, text_tokens, write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
@@ -50,6 +52,7 @@ DEFAULTS = {
                      pretrain_steps=4500, pretrain_batch=64, pretrain_lr=3e-3, kl_coef=0.01,
                      iterations=150, group_size=1, lr=1e-4, damping=1.0),
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
+    "preferences": dict(vocab_size=620, max_new_tokens=44),
     "init": dict(pretrain_steps=0),
     "init gpt2": dict(pretrain_steps=0, pretrain_batch=8, pretrain_lr=1e-4, batch_size=16, lr=1e-5,
                       critic_lr=1e-4, eval_episodes=64),
@@ -87,6 +90,9 @@ class Config:
     pretrain_steps: int = option(1500, "maximum-likelihood steps", 0)
     pretrain_batch: int = option(48, "texts per step", 1)
     pretrain_lr: float = option(1e-2, "peak learning rate", 0)
+    # the reward model, where the task has preferences
+    comparisons: int = option(8000, "most comparisons to learn the reward from", 20)
+    reward_epochs: int = option(4, "passes over the comparisons, of which the best on held-out ones counts", 1)
     # the episodes
     iterations: int = option(40, "RL iterations", 0)
     batch_size: int = option(256, "episodes per iteration", 1)
@@ -108,7 +114,7 @@ class Config:
     cg_iters: int = option(10, "conjugate gradient iterations (trpo)", 1)
     damping: float = option(0.1, "added to the diagonal of the Fisher matrix (trpo)", 0)
     fisher_fraction: float = option(0.1, "share of the episodes in Fisher products (trpo)", 1e-6, 1)
-    critic_lr: float = option(1e-3, "Adam learning rate of the critic", 0)
+    critic_lr: float = option(1e-3, "Adam learning rate of the critic and of the reward model", 0)
     critic_epochs: int = option(2, "passes over the batch (critic)", 1)
     eval_episodes: int = option(1000, "sampled completions per evaluation", 2)
     eval_every: int = option(0, "iterations between evaluations, 0: before and after RL alone", 0)
@@ -313,7 +319,7 @@ def to_rows(texts, block_size):
               for text in texts for i in range(0, len(text) - 1, block_size)]
     if not pieces:
         return torch.empty(0, 0, dtype=torch.long)
-    return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=-100)
+    return pad_sequence(pieces, batch_first=True, padding_value=-100)
 
 
 def as_batch(rows, device):
@@ -428,11 +434,20 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
              "entropy": per_action(episodes.entropy),
              "length": per_episode([text.length for text in episodes.completions]),
              "ended": per_episode([text.ended for text in episodes.completions])}
+    if task.true_reward:
+        stats["true_reward"] = per_episode(score(task.true_reward, prompts, episodes.completions))
     if config.advantage in ("rloo", "grpo"):
         groups = scores.view(-1, config.group_size)
         stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1).tolist())
     return Batch(obs, actions, mask, rollout.logprobs, advantages, returns, values, episodes.ref_logprobs,
                  scores, rollout.logp), stats
+
+
+def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
+    """(prompts, Episodes) of --batch-size prompts at a time."""
+    for start in range(0, len(prompts), config.batch_size):
+        part = prompts[start:start + config.batch_size]
+        yield part, run_episodes(policy, reference, part, tokenizer, config, temperature, generator)
 
 
 def evaluate(task, policy, reference, tokenizer, config):
@@ -445,26 +460,24 @@ def evaluate(task, policy, reference, tokenizer, config):
     """
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
-
-    def complete(prompts, temperature):
-        for start in range(0, len(prompts), config.batch_size):
-            part = prompts[start:start + config.batch_size]
-            yield part, run_episodes(policy, reference, part, tokenizer, config, temperature, generator)
-
-    texts, rewards, metrics, kl, H, greedy = [], [], [], [], [], []
+    texts, rewards, true_rewards, metrics, kl, H, greedy = [], [], [], [], [], [], []
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
-    for part, episodes in complete(prompts, config.temperature):
+    for part, episodes in complete(policy, reference, prompts, tokenizer, config, config.temperature,
+                                   generator):
         texts += episodes.completions
         rewards += score(task.reward, part, episodes.completions)
+        if task.true_reward:
+            true_rewards += score(task.true_reward, part, episodes.completions)
         metrics += score(task.metric, part, episodes.completions)
         kl.append(episodes.kl[episodes.rollout.mask])
         H.append(episodes.entropy[episodes.rollout.mask])
-    for part, episodes in complete(task.heldout, temperature=0):
+    for part, episodes in complete(policy, reference, task.heldout, tokenizer, config, 0, generator):
         greedy += score(task.metric, part, episodes.completions)
     n = min(len(task.heldout), len(prompts))  # prompt i is completed in rows i, i + n, i + 2n, …
     _, half = interval([fmean(rewards[i::n]) for i in range(n)])
     figures = {
-        "reward": fmean(rewards), "reward_ci": half, "metric": fmean(metrics), "greedy": fmean(greedy),
+        "reward": fmean(rewards), "reward_ci": half,
+        **({"true_reward": fmean(true_rewards)} if true_rewards else {}), "metric": fmean(metrics), "greedy": fmean(greedy),
         "kl": torch.cat(kl).mean().item(), "entropy": torch.cat(H).mean().item(),
         "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
         "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}
@@ -486,13 +499,14 @@ def print_completions(before, after, count=6):
 def print_figures(task, **columns):
     """Print the figures of `evaluate`. columns: {title: figures}."""
     metric = metric_name(task)
-    labels = {"reward": "reward", "reward_ci": "± (95%)", "metric": metric, "greedy": f"{metric}, greedy",
+    labels = {"reward": "reward", "reward_ci": "± (95%)", "true_reward": "true reward", "metric": metric, "greedy": f"{metric}, greedy",
               "kl": "KL to the reference, nats", "entropy": "entropy, nats",
               "distinct_1": "distinct of 1,000 words", "distinct_2": "of 1,000 pairs of words",
               "length": "length, tokens", "ended": "ended"}
     print(f"\n{'on prompts held out of RL':25}" + "".join(f"{title:>10}" for title in columns))
     for name, label in labels.items():
-        print(f"{label:25}" + "".join(f"{figures[name]:10.3f}" for figures in columns.values()))
+        if name in next(iter(columns.values())):
+            print(f"{label:25}" + "".join(f"{figures[name]:10.3f}" for figures in columns.values()))
 
 
 def warnings(history):
@@ -517,6 +531,112 @@ def print_iteration(history, iterations, warned):
         if warning not in warned:
             print(f"warning: {warning}", flush=True)
         warned.add(warning)
+
+
+# A reward learned from comparisons.
+
+def annotate(task, policy, tokenizer, config, generators):
+    """This process's share of the comparisons, for the fit of a reward model.
+
+    Returns [(prompt, better, worse)], and of each the probability that the annotator decides so: 1 where the
+    task lists its comparisons, else that of its function, by which each decision is drawn.
+    """
+    rank, count = processes()
+    if not callable(task.preferences):
+        mine = task.preferences[:config.comparisons][rank::count]
+        return mine, [1.0] * len(mine)
+
+    def preferences(prompt, pair):
+        return task.preferences(prompt, *pair)
+
+    index = torch.randint(len(task.prompts), (config.comparisons // count,), generator=generators["prompts"])
+    comparisons, chances = [], []
+    for prompts, one in complete(policy, policy, [task.prompts[i] for i in index], tokenizer, config,
+                                 config.temperature, generators["sample"]):
+        two = run_episodes(policy, policy, prompts, tokenizer, config, config.temperature,
+                           generators["sample"])
+        pairs = list(zip(one.completions, two.completions))
+        for prompt, pair, p in zip(prompts, pairs, score(preferences, prompts, pairs)):
+            if not 0 <= p <= 1:
+                raise BadTask(f"preferences returned {p} for {prompt!r} and {pair!r}: give a probability")
+            first = torch.rand((), generator=generators["update"]) < p
+            if pair[0] != pair[1]:
+                comparisons.append((prompt, *(pair if first else pair[::-1])))
+                chances.append(p if first else 1 - p)
+    return comparisons, chances
+
+
+def to_batch(comparisons, tokenizer, device, block_size):
+    """Comparisons [(prompt, better, worse)] as a Batch for `preference_loss`. Raises BadInput for a long one."""
+    texts = [text_tokens(prompt, text, tokenizer) for prompt, *two in comparisons for text in two]
+    longest = max(range(len(texts)), key=lambda i: len(texts[i]))
+    if len(texts[longest]) > block_size:
+        raise BadInput(f"a text of the preferences with the prompt {comparisons[longest // 2][0]!r} has "
+                       f"{len(texts[longest])} tokens: the context is {block_size} (--block-size)")
+    tokens = pad_sequence(texts, batch_first=True, padding_value=-100)  # (2N, T)
+    obs = tokens.view(-1, 2, tokens.shape[1]).transpose(1, 2)  # (N, T, 2)
+    ends = (obs >= 0).any(2).sum(1, keepdim=True) - 1  # (N, 1) the last column of the longer text
+    mask = torch.arange(obs.shape[1]) == ends  # once a row: a comparison counts once
+    return Batch(obs.to(device), None, mask.to(device))
+
+
+def learn_reward(task, policy, tokenizer, config, device):
+    """The reward model: the policy's trunk with a scalar head, fitted to the task's preferences, and frozen.
+
+    A tenth of the prompts is held out of the fit; the pass that does best on them counts. Its rewards then
+    have mean 0 and standard deviation 1 on the policy's completions. Raises BadInput, BadTask.
+    """
+    generators, count = random_generators(config.seed, 0, device), processes()[1]  # RL counts from 1
+    comparisons, chances = annotate(task, policy, tokenizer, config, generators)
+    batch = to_batch(comparisons, tokenizer, device, policy.config.block_size)
+    listed = [] if callable(task.preferences) else task.preferences
+    prompts = sorted({prompt for prompt, *_ in listed} or {*task.prompts})
+    held_out = {*random.Random(config.seed).sample(prompts, math.ceil(len(prompts) / 10))}
+    test = torch.tensor([prompt in held_out for prompt, *_ in comparisons], device=device)
+    if test.all() or not test.any():
+        raise BadInput("there are too few comparisons to hold some out: give more, of more prompts")
+
+    model, best = Critic(policy.config, policy).to(device), (math.inf, None, None)
+    optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
+    steps = math.ceil(all_sum((~test).sum()).item() / 64)  # of a pass, as many in each process
+    for _ in range(config.reward_epochs):
+        with mixed(config, device):
+            fit_reward(model, batch.rows(~test), optimizer, config, steps, generators["update"])
+            found = in_parts(lambda part: preference_loss(model, part), batch.rows(test), config)
+        loss, accuracy = (masked_mean(x, batch.mask[test]).item() for x in found.values())
+        if loss < best[0]:
+            best = loss, accuracy, copy.deepcopy(model.state_dict())
+    loss, accuracy, state = best
+    check_finite(loss_of_the_reward_model=loss)
+    model.load_state_dict(state)
+    print(f"reward model: {all_sum((~test).sum())} comparisons; on {all_sum(test.sum())} of held-out prompts "
+          f"loss {loss:.3f}, accuracy {accuracy:.3f}")
+    if callable(task.preferences):
+        p = torch.tensor(chances, device=device)[test, None]
+        loss, accuracy = (masked_mean(x, p > 0).item() for x in (-p.log(), (p > 0.5) + 0.5 * (p == 0.5)))
+        print(f"              the annotator's own: loss {loss:.3f}, accuracy {accuracy:.3f}")
+
+    index = torch.randint(len(task.prompts), (4 * config.batch_size // count,), generator=generators["prompts"])
+    learned, rewards = learned_reward(model, tokenizer), []
+    for part, episodes in complete(policy, policy, [task.prompts[i] for i in index], tokenizer, config,
+                                   config.temperature, generators["sample"]):
+        rewards += learned(part, episodes.completions)
+    rewards = torch.tensor(rewards, device=device)[:, None]
+    mean, variance = mean_and_variance(rewards, torch.ones_like(rewards, dtype=torch.bool))
+    std = variance.sqrt().clamp(min=1e-8)
+    model.mean.copy_((model.mean - mean) / std)
+    model.std.copy_(model.std / std)
+    return model.requires_grad_(False)
+
+
+def use_reward_model(task, model, tokenizer):
+    """The task with the model's reward in place of its own, which is then its true_reward. Raises BadInput."""
+    if task.preferences is None:
+        return task
+    if model is None:
+        raise BadInput("the task has preferences, but the run has no reward model: train a new one")
+    learned = learned_reward(model, tokenizer)
+    return replace(task, reward=learned, metric=task.metric or learned, true_reward=task.reward)
 
 
 # One run.
@@ -612,9 +732,13 @@ def train(config, resume=False):
     history = []  # the rows of metrics.csv
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(checkpoint, device)
+        reward_model = saved.get("reward_model")
     else:
         policy, tokenizer, pretraining = pretrained(config, task, device)
         reference = copy.deepcopy(policy)
+        learns = task.preferences is not None
+        reward_model = learn_reward(task, policy, tokenizer, config, device) if learns else None
+    task = use_reward_model(task, reward_model, tokenizer)
     reference.requires_grad_(False)
     critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
@@ -629,6 +753,8 @@ def train(config, resume=False):
     def save():
         if rank == 0:
             states = {name: part.state_dict() for name, part in parts.items() if part}
+            if reward_model:
+                states["reward_model"] = reward_model.state_dict()
             save_checkpoint(checkpoint, policy, tokenizer, reference=reference.state_dict(), **states,
                             config=asdict(config), pretraining=pretraining, history=history)
 
@@ -823,8 +949,9 @@ def main(argv=None):
         if args.plot:
             compare(args.plot, Path(config.out) / getattr(args, "name", "plot"))
         elif args.eval:
-            policy, reference, tokenizer, _ = load_checkpoint(run, set_up(config))
+            policy, reference, tokenizer, more = load_checkpoint(run, set_up(config))
             task = load_task(config.task, config.pretrain_seed)
+            task = use_reward_model(task, more.get("reward_model"), tokenizer)
             figures, samples = evaluate(task, policy, reference, tokenizer, config)
             print(*(sample["prompt"] + sample["completion"] for sample in samples[:6]), sep="\n")
             print_figures(task, after=figures)
