@@ -5,7 +5,8 @@ here knows that the actions are tokens. A loss is written for each action of a p
 `mean_gradient` takes its mean over the actions of the whole batch.
 
 `config` needs micro_batch and temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches,
-target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs, minibatches.
+target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs, minibatches;
+fit_reward: reward_steps.
 """
 
 import copy
@@ -224,24 +225,32 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
     return {"critic_loss": fmean(losses), "explained_variance": 1 - unexplained.item()}
 
 
-def preference_loss(model, part):
-    """-log σ(r(better) - r(worse)) (b, T) of comparisons of two texts, and the accuracy of their order.
+def fit_reward(model, batch, heldout, optimizer, config, generator=None):
+    """Fit a reward model to comparisons by maximum likelihood: loss -log σ(r(better) - r(worse)).
 
-    model: a Critic, whose value at a text's last token is its reward r. part: a Batch of comparisons, with
-    obs (b, T, 2), the tokens of the better and of the worse text, padded with -100, and mask True once a row.
+    model: a Critic, whose value at a text's last token is its reward r. batch, heldout: Batches of
+    comparisons with obs (N, T, 2), the tokens of the better and of the worse text, padded with -100, and mask
+    True once a row. About reward_steps steps of 64 comparisons; of the passes over the batch, the one that is
+    best on heldout counts. Returns its loss and accuracy there.
     Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
     """
-    better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
-    loss, correct = -F.logsigmoid(better - worse), (better > worse).to(better.dtype)
-    return {name: x[:, None].expand(part.mask.shape) for name, x in (("loss", loss), ("accuracy", correct))}
+    def loss(part):
+        better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
+        found = {"loss": -F.logsigmoid(better - worse), "accuracy": (better > worse).to(better.dtype)}
+        return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}  # (b, T)
 
-
-def fit_reward(model, batch, optimizer, config, count, generator=None):
-    """Fit a reward model to comparisons: one pass in `count` minibatch steps. batch: see preference_loss."""
-    for minibatch in minibatches(batch, 1, count, generator):
-        mean_gradient(model, lambda part: preference_loss(model, part), minibatch, config,
-                      config.max_grad_norm)
-        optimizer.step()
+    n, best = all_sum(batch.mask.sum()).item(), {"loss": math.inf}
+    for _ in range(max(1, round(config.reward_steps * 64 / n))):
+        for minibatch in minibatches(batch, 1, math.ceil(n / 64), generator):
+            mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
+            optimizer.step()
+        found = in_parts(loss, heldout, config)
+        found = {name: masked_mean(x, heldout.mask).item() for name, x in found.items()}
+        if found["loss"] < best["loss"]:
+            best, weights = found, copy.deepcopy(model.state_dict())
+    check_finite(**best)
+    model.load_state_dict(weights)
+    return best
 
 
 # Second order.

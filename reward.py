@@ -183,6 +183,27 @@ def score(function, prompts, completions):
     return numbers
 
 
+def annotate(preferences, prompts, first, second, rng):
+    """Let an annotator compare first and second, two completions of each prompt. rng: a random.Random.
+
+    preferences: (prompt, first, second) -> the probability that the first is preferred, by which it is drawn.
+    Returns [(prompt, better, worse)], without pairs of equal texts, and the probability of each decision.
+    Raises BadTask for what is no probability.
+    """
+    def preferred(prompt, pair):
+        return preferences(prompt, *pair)
+
+    comparisons, chances, pairs = [], [], list(zip(first, second))
+    for prompt, (a, b), p in zip(prompts, pairs, score(preferred, prompts, pairs)):
+        if not 0 <= p <= 1:
+            raise BadTask(f"preferences returned {p} for {prompt!r}, {a!r} and {b!r}: return a probability")
+        decision = (p, a, b) if rng.random() < p else (1 - p, b, a)
+        if a != b:
+            comparisons.append((prompt, *decision[1:]))
+            chances.append(decision[0])
+    return comparisons, chances
+
+
 # Grammars, out of which two of the tasks make their corpus.
 
 def split(items, heldout, rng):

@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model import GPT, BadInput, Critic, GPTConfig, load_gpt2, save_gpt2
-from reward import batched
+from reward import Text, batched
 
 # How a text is split into words, within which BPE merges bytes: contractions; letters, digits or signs with
 # the space before them; spaces. In ours a Chinese character is a word, so that a prompt that ends after one
@@ -242,10 +242,17 @@ def check_fit(prompts, tokenizer, max_new_tokens, block_size):
                            "larger --block-size")
 
 
-def text_tokens(prompt, completion, tokenizer):
-    """The tokens of a whole text, its end included unless completion.ended is False. (n,) int64."""
-    end = [tokenizer.eos_token] * getattr(completion, "ended", True)
-    return torch.tensor(tokenizer.encode(prompt) + tokenizer.encode(completion) + end)
+def whole_texts(prompts, completions, tokenizer, block_size):
+    """Prompts with their completions and, unless completion.ended is False, the end of text, as tokens.
+
+    Returns (B, T) int64, padded with -100, T ≤ block_size: what exceeds the context is cut off.
+    """
+    rows = []
+    for prompt, completion in zip(prompts, completions):
+        end = [tokenizer.eos_token] * getattr(completion, "ended", True)
+        tokens = tokenizer.encode(prompt) + tokenizer.encode(completion) + end
+        rows.append(torch.tensor(tokens[:block_size]))
+    return pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
 def learned_reward(model, tokenizer):
@@ -253,10 +260,8 @@ def learned_reward(model, tokenizer):
     @batched
     @torch.no_grad()
     def learned(prompts, completions):
-        texts = [text_tokens(*text, tokenizer) for text in zip(prompts, completions)]
-        tokens = pad_sequence(texts, batch_first=True, padding_value=-100)
-        tokens = tokens[:, :model.transformer.config.block_size].to(model.mean.device)
-        return model.at_end(tokens).tolist()
+        tokens = whole_texts(prompts, completions, tokenizer, model.transformer.config.block_size)
+        return [r for part in tokens.to(model.mean.device).split(256) for r in model.at_end(part).tolist()]
     return learned
 
 
@@ -383,8 +388,8 @@ def main(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the fewest tokens that hold this "
                                                                  "probability together (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
-    parser.add_argument("--logprobs", action="store_true", help="each token's probability, now and before RL, "
-                                                                "and the learned reward, if any")
+    parser.add_argument("--logprobs", action="store_true", help="probabilities of each token, now and before "
+                                                                "RL, and the learned reward, if any")
     parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel")
     args = parser.parse_args(argv)
     if not 1 <= args.n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -412,7 +417,9 @@ def main(argv=None):
                 if args.logprobs:
                     print_logprobs(rollout, row, reference, tokenizer, temperature)
                     if "reward_model" in more:
-                        reward, = learned_reward(more["reward_model"], tokenizer)([prompt], [completion])
+                        ended = tokenizer.eos_token in rollout.tokens[row, 1:][rollout.mask[row]]
+                        learned = learned_reward(more["reward_model"], tokenizer)
+                        reward, = learned([prompt], [Text(completion, ended=ended)])
                         print(f"learned reward {reward:.2f}")
     except (BadInput, OSError, UnicodeDecodeError) as e:
         parser.error(str(e))

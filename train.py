@@ -1,9 +1,10 @@
 """Teach a tiny GPT to write, then improve it by policy gradient: `python train.py --algo trpo`.
 
-A run: pretraining on the task's corpus, the fit of a reward model where the task has preferences, evaluation
-on held-out prompts, RL, evaluation again. Everything goes to runs/NAME. Recovery is one mechanism, the last checkpoint, which is written atomically every few
-iterations: whatever ends a run, `--resume` repeats what came after it, to the bit, since each iteration draws
-its random numbers from (seed, iteration). `python train.py --help` lists every option.
+A run: pretraining on the task's corpus, the fit of a reward model if the task has preferences, evaluation on
+held-out prompts, RL, evaluation again. Everything goes to runs/NAME. Recovery is one mechanism, the last
+checkpoint, which is written atomically every few iterations: whatever ends a run, `--resume` repeats what
+came after it, to the bit, since each iteration draws its random numbers from (seed, iteration).
+`python train.py --help` lists every option.
 """
 
 import argparse
@@ -32,11 +33,11 @@ from torch.nn.utils.rnn import pad_sequence
 from advantage import (ADVANTAGES, all_sum, discounted_returns, masked_mean, mean_and_variance, processes,
                        token_rewards, whiten)
 from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward, in_parts, kl_divergence,
-                   log_probs, mean_gradient, old_log_probs, ppo, preference_loss, reinforce, trpo)
+                   log_probs, mean_gradient, old_log_probs, ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
-from reward import TASKS, BadTask, Text, distinct_n, load_task, score
+from reward import TASKS, BadTask, Text, annotate, distinct_n, load_task, score
 from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, learned_reward, load_checkpoint, load_weights,
-                     sample, save_checkpoint, text_tokens, write_atomically)
+                     sample, save_checkpoint, whole_texts, write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
@@ -92,7 +93,7 @@ class Config:
     pretrain_lr: float = option(1e-2, "peak learning rate", 0)
     # the reward model, where the task has preferences
     comparisons: int = option(8000, "most comparisons to learn the reward from", 20)
-    reward_epochs: int = option(4, "passes over the comparisons, of which the best on held-out ones counts", 1)
+    reward_steps: int = option(450, "steps of 64 comparisons to fit the reward model", 1)
     # the episodes
     iterations: int = option(40, "RL iterations", 0)
     batch_size: int = option(256, "episodes per iteration", 1)
@@ -460,29 +461,28 @@ def evaluate(task, policy, reference, tokenizer, config):
     """
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
-    texts, rewards, true_rewards, metrics, kl, H, greedy = [], [], [], [], [], [], []
+    judges = {"reward": task.reward, "true_reward": task.true_reward, "metric": task.metric}
+    judged, texts, kl, H, greedy = {name: [] for name in judges if judges[name]}, [], [], [], []
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
     for part, episodes in complete(policy, reference, prompts, tokenizer, config, config.temperature,
                                    generator):
         texts += episodes.completions
-        rewards += score(task.reward, part, episodes.completions)
-        if task.true_reward:
-            true_rewards += score(task.true_reward, part, episodes.completions)
-        metrics += score(task.metric, part, episodes.completions)
+        for name, numbers in judged.items():
+            numbers += score(judges[name], part, episodes.completions)
         kl.append(episodes.kl[episodes.rollout.mask])
         H.append(episodes.entropy[episodes.rollout.mask])
     for part, episodes in complete(policy, reference, task.heldout, tokenizer, config, 0, generator):
         greedy += score(task.metric, part, episodes.completions)
     n = min(len(task.heldout), len(prompts))  # prompt i is completed in rows i, i + n, i + 2n, …
-    _, half = interval([fmean(rewards[i::n]) for i in range(n)])
+    _, half = interval([fmean(judged["reward"][i::n]) for i in range(n)])
     figures = {
-        "reward": fmean(rewards), "reward_ci": half,
-        **({"true_reward": fmean(true_rewards)} if true_rewards else {}), "metric": fmean(metrics), "greedy": fmean(greedy),
+        "reward": fmean(judged["reward"]), "reward_ci": half,
+        **{name: fmean(numbers) for name, numbers in judged.items()}, "greedy": fmean(greedy),
         "kl": torch.cat(kl).mean().item(), "entropy": torch.cat(H).mean().item(),
         "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
         "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}
-    samples = [{"prompt": prompt, "completion": text, "reward": reward, "metric": metric}
-               for prompt, text, reward, metric in zip(prompts, texts, rewards, metrics)]
+    samples = [{"prompt": prompt, "completion": text, **dict(zip(judged, numbers))}
+               for prompt, text, *numbers in zip(prompts, texts, *judged.values())]
     return figures, samples
 
 
@@ -499,10 +499,10 @@ def print_completions(before, after, count=6):
 def print_figures(task, **columns):
     """Print the figures of `evaluate`. columns: {title: figures}."""
     metric = metric_name(task)
-    labels = {"reward": "reward", "reward_ci": "± (95%)", "true_reward": "true reward", "metric": metric, "greedy": f"{metric}, greedy",
-              "kl": "KL to the reference, nats", "entropy": "entropy, nats",
-              "distinct_1": "distinct of 1,000 words", "distinct_2": "of 1,000 pairs of words",
-              "length": "length, tokens", "ended": "ended"}
+    labels = {"reward": "reward", "reward_ci": "± (95%)", "true_reward": "true reward",
+              "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats",
+              "entropy": "entropy, nats", "distinct_1": "distinct of 1,000 words",
+              "distinct_2": "of 1,000 pairs of words", "length": "length, tokens", "ended": "ended"}
     print(f"\n{'on prompts held out of RL':25}" + "".join(f"{title:>10}" for title in columns))
     for name, label in labels.items():
         if name in next(iter(columns.values())):
@@ -535,93 +535,54 @@ def print_iteration(history, iterations, warned):
 
 # A reward learned from comparisons.
 
-def annotate(task, policy, tokenizer, config, generators):
-    """This process's share of the comparisons, for the fit of a reward model.
-
-    Returns [(prompt, better, worse)], and of each the probability that the annotator decides so: 1 where the
-    task lists its comparisons, else that of its function, by which each decision is drawn.
-    """
-    rank, count = processes()
-    if not callable(task.preferences):
-        mine = task.preferences[:config.comparisons][rank::count]
-        return mine, [1.0] * len(mine)
-
-    def preferences(prompt, pair):
-        return task.preferences(prompt, *pair)
-
-    index = torch.randint(len(task.prompts), (config.comparisons // count,), generator=generators["prompts"])
-    comparisons, chances = [], []
-    for prompts, one in complete(policy, policy, [task.prompts[i] for i in index], tokenizer, config,
-                                 config.temperature, generators["sample"]):
-        two = run_episodes(policy, policy, prompts, tokenizer, config, config.temperature,
-                           generators["sample"])
-        pairs = list(zip(one.completions, two.completions))
-        for prompt, pair, p in zip(prompts, pairs, score(preferences, prompts, pairs)):
-            if not 0 <= p <= 1:
-                raise BadTask(f"preferences returned {p} for {prompt!r} and {pair!r}: give a probability")
-            first = torch.rand((), generator=generators["update"]) < p
-            if pair[0] != pair[1]:
-                comparisons.append((prompt, *(pair if first else pair[::-1])))
-                chances.append(p if first else 1 - p)
-    return comparisons, chances
-
-
-def to_batch(comparisons, tokenizer, device, block_size):
-    """Comparisons [(prompt, better, worse)] as a Batch for `preference_loss`. Raises BadInput for a long one."""
-    texts = [text_tokens(prompt, text, tokenizer) for prompt, *two in comparisons for text in two]
-    longest = max(range(len(texts)), key=lambda i: len(texts[i]))
-    if len(texts[longest]) > block_size:
-        raise BadInput(f"a text of the preferences with the prompt {comparisons[longest // 2][0]!r} has "
-                       f"{len(texts[longest])} tokens: the context is {block_size} (--block-size)")
-    tokens = pad_sequence(texts, batch_first=True, padding_value=-100)  # (2N, T)
-    obs = tokens.view(-1, 2, tokens.shape[1]).transpose(1, 2)  # (N, T, 2)
-    ends = (obs >= 0).any(2).sum(1, keepdim=True) - 1  # (N, 1) the last column of the longer text
-    mask = torch.arange(obs.shape[1]) == ends  # once a row: a comparison counts once
-    return Batch(obs.to(device), None, mask.to(device))
+def to_batch(comparisons, tokenizer, block_size, device):
+    """Comparisons [(prompt, better, worse)] as a Batch for `fit_reward`."""
+    prompts, better, worse = zip(*comparisons)
+    tokens = whole_texts(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
+    obs = torch.stack(tokens.chunk(2), -1)  # (N, T, 2)
+    end = (obs >= 0).any(-1).sum(1, keepdim=True) - 1  # (N, 1) the last column of the longer text
+    return Batch(obs, None, mask=torch.arange(obs.shape[1], device=device) == end)
 
 
 def learn_reward(task, policy, tokenizer, config, device):
     """The reward model: the policy's trunk with a scalar head, fitted to the task's preferences, and frozen.
 
-    A tenth of the prompts is held out of the fit; the pass that does best on them counts. Its rewards then
-    have mean 0 and standard deviation 1 on the policy's completions. Raises BadInput, BadTask.
+    A tenth of the prompts is held out of the fit. Its rewards have mean 0 and standard deviation 1 on the
+    policy's completions. Raises BadInput, BadTask.
     """
-    generators, count = random_generators(config.seed, 0, device), processes()[1]  # RL counts from 1
-    comparisons, chances = annotate(task, policy, tokenizer, config, generators)
-    batch = to_batch(comparisons, tokenizer, device, policy.config.block_size)
-    listed = [] if callable(task.preferences) else task.preferences
-    prompts = sorted({prompt for prompt, *_ in listed} or {*task.prompts})
-    held_out = {*random.Random(config.seed).sample(prompts, math.ceil(len(prompts) / 10))}
-    test = torch.tensor([prompt in held_out for prompt, *_ in comparisons], device=device)
+    (rank, count), block_size = processes(), policy.config.block_size
+    generators = random_generators(config.seed, 0, device)  # RL's iterations count from 1
+    n = (config.comparisons if callable(task.preferences) else 1000) // count
+    index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
+    prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
+    texts = [text for _, episodes in complete(policy, policy, prompts, tokenizer, config, config.temperature,
+                                              generators["sample"]) for text in episodes.completions]
+    if callable(task.preferences):
+        rng, of_prompts = random.Random(f"{config.seed} {rank}"), {*task.prompts}
+        mine, chances = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2], rng)
+    else:
+        listed = task.preferences[:config.comparisons]
+        mine, of_prompts = listed[rank::count], {prompt for prompt, *_ in listed}
+        whole = [prompt + text for prompt, *two in listed for text in two]
+        check_fit([*of_prompts, *whole], tokenizer, 1, block_size)
+    heldout = random.Random(config.seed).sample(sorted(of_prompts), math.ceil(len(of_prompts) / 10))
+    test = torch.tensor([prompt in heldout for prompt, *_ in mine], device=device)
     if test.all() or not test.any():
         raise BadInput("there are too few comparisons to hold some out: give more, of more prompts")
 
-    model, best = Critic(policy.config, policy).to(device), (math.inf, None, None)
+    batch, model = to_batch(mine, tokenizer, block_size, device), Critic(policy.config, policy).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
-    steps = math.ceil(all_sum((~test).sum()).item() / 64)  # of a pass, as many in each process
-    for _ in range(config.reward_epochs):
-        with mixed(config, device):
-            fit_reward(model, batch.rows(~test), optimizer, config, steps, generators["update"])
-            found = in_parts(lambda part: preference_loss(model, part), batch.rows(test), config)
-        loss, accuracy = (masked_mean(x, batch.mask[test]).item() for x in found.values())
-        if loss < best[0]:
-            best = loss, accuracy, copy.deepcopy(model.state_dict())
-    loss, accuracy, state = best
-    check_finite(loss_of_the_reward_model=loss)
-    model.load_state_dict(state)
-    print(f"reward model: {all_sum((~test).sum())} comparisons; on {all_sum(test.sum())} of held-out prompts "
-          f"loss {loss:.3f}, accuracy {accuracy:.3f}")
+    with mixed(config, device):
+        found = fit_reward(model, batch.rows(~test), batch.rows(test), optimizer, config,
+                           generators["update"])
+    print(f"reward model: on comparisons of held-out prompts loss {found['loss']:.3f}, "
+          f"accuracy {found['accuracy']:.3f}")
     if callable(task.preferences):
         p = torch.tensor(chances, device=device)[test, None]
         loss, accuracy = (masked_mean(x, p > 0).item() for x in (-p.log(), (p > 0.5) + 0.5 * (p == 0.5)))
-        print(f"              the annotator's own: loss {loss:.3f}, accuracy {accuracy:.3f}")
+        print(f"the annotator's own preferences there: loss {loss:.3f}, accuracy {accuracy:.3f}")
 
-    index = torch.randint(len(task.prompts), (4 * config.batch_size // count,), generator=generators["prompts"])
-    learned, rewards = learned_reward(model, tokenizer), []
-    for part, episodes in complete(policy, policy, [task.prompts[i] for i in index], tokenizer, config,
-                                   config.temperature, generators["sample"]):
-        rewards += learned(part, episodes.completions)
-    rewards = torch.tensor(rewards, device=device)[:, None]
+    rewards = torch.tensor(learned_reward(model, tokenizer)(prompts, texts), device=device)[:, None]
     mean, variance = mean_and_variance(rewards, torch.ones_like(rewards, dtype=torch.bool))
     std = variance.sqrt().clamp(min=1e-8)
     model.mean.copy_((model.mean - mean) / std)
@@ -630,7 +591,7 @@ def learn_reward(task, policy, tokenizer, config, device):
 
 
 def use_reward_model(task, model, tokenizer):
-    """The task with the model's reward in place of its own, which is then its true_reward. Raises BadInput."""
+    """The task with the model's reward; its own, if any, is then its true_reward. Raises BadInput."""
     if task.preferences is None:
         return task
     if model is None:

@@ -1,9 +1,9 @@
-"""What happens when a learned reward is trusted too much: `python tests/overoptimization.py [--seeds S …]`.
+"""What happens when a learned reward is trusted too much: `python tests/overoptimization.py`.
 
-Trains the built-in task preferences in runs/overoptimization (--out): three algorithms at five KL coefficients
-on 1,000 comparisons, and ppo without a KL penalty on 250 to 16,000. Prints where the true reward turns, the
+Trains the built-in task preferences in runs/overoptimization (--out), with --seeds 0 to 4: three algorithms
+at five KL coefficients on 1,000 comparisons, and ppo without a KL penalty on 250 to 16,000. Finished runs are
+kept, so that commands with seeds of their own can run side by side. Prints where the true reward turns, the
 fit of the law of Gao et al. 2023, and best-of-n sampling from the pretrained policy by the same rewards.
-Finished runs are not trained again. Several of these commands, with seeds of their own, may run side by side.
 Gao, Schulman & Hilton 2023, "Scaling Laws for Reward Model Overoptimization".
 """
 
@@ -34,10 +34,9 @@ def name(algo, kl_coef, comparisons, seed):
 
 
 def options(algo, kl_coef, comparisons, seed, out):
-    """The command line of a run: about 400 steps of 64 comparisons for its reward model."""
-    epochs = max(1, round(400 * 64 / (0.9 * comparisons)))
-    return (f"--task preferences --algo {algo} --kl-coef {kl_coef} --comparisons {comparisons} --reward-epochs "
-            f"{epochs} --iterations {ALGOS[algo]} --seed {seed} --eval-episodes 300 --threads 1 --out {out} "
+    """The command line of a run."""
+    return (f"--task preferences --algo {algo} --kl-coef {kl_coef} --comparisons {comparisons} "
+            f"--iterations {ALGOS[algo]} --seed {seed} --eval-episodes 300 --threads 1 --out {out} "
             f"--name {name(algo, kl_coef, comparisons, seed)}").split()
 
 
@@ -48,7 +47,7 @@ def settings(seed):
 
 
 def train_missing(seeds, out):
-    """Train the runs that are not finished. Those of one seed and as many comparisons share a reward model."""
+    """Train the runs that are not finished. Those of a seed and number of comparisons share a reward model."""
     learn, models = train.learn_reward, {}
 
     def learn_once(task, policy, tokenizer, config, device):
@@ -92,14 +91,16 @@ def law(d, true, form):
     d, gain = d[kept], gain[kept]
     terms = torch.stack([d, -d * form(d)], 1)
     solution = torch.linalg.lstsq(terms, gain[:, None]).solution
-    return (*solution[:, 0].tolist(), (terms @ solution - gain[:, None]).square().mean().sqrt().item())
+    error = (terms @ solution - gain[:, None]).square().mean().sqrt().item()
+    return (*solution[:, 0].tolist(), error)
 
 
-def best_of(run, seed, counts=N):
+def best_of(run, seed, counts=N, task="preferences"):
     """{n: mean (learned, true) reward of the best of n completions of the pretrained policy, by the model}."""
     _, reference, tokenizer, more = load_checkpoint(run)
     config = train.Config(**more["config"])
-    task = train.use_reward_model(load_task(config.task, config.pretrain_seed), more["reward_model"], tokenizer)
+    task = load_task(task, config.pretrain_seed)
+    task = train.use_reward_model(task, more["reward_model"], tokenizer)
     generator, most = torch.Generator().manual_seed(seed), max(counts)
     prompts = [prompt for prompt in task.heldout for _ in range(most)]
     pairs = []

@@ -21,6 +21,10 @@ TASKS = {
     "brief": (TASK + "corpus = 'one line'", "two different texts"),
     "wide": (TASK + "heldout = ['the ' * 30]", "context"),
     "blank": (TASK + "heldout = ['']", "empty"),
+    "onesided": (TASK + "preferences = [('the cat', 'sat')]", "(prompt, better, worse)"),
+    "tie": (TASK + "preferences = [('the cat', 'sat', 'sat')]", "the same text twice"),
+    "few": (TASK + "preferences = [('the cat', 'sat', 'ran')] * 9", "two different prompts"),
+    "long": (TASK + "preferences = [('the ' * 30, 'a', 'b'), ('the cat', 'a', 'b')]", "context"),
 }
 
 
@@ -56,7 +60,8 @@ def zoo(tmp_path_factory):
     damages = {
         "checkpoint.pt": {
             "torn": whole[:len(whole) // 2],
-            "malice": {**state, "policy": malice},
+            "malice": {**state, "policy": malice}, "spy": {**state, "reward_model": malice},
+            "misfit": {**state, "reward_model": {"mean": torch.zeros(())}},
             "short": {key: value for key, value in state.items() if key != "optimizer"},
             "moments": {**state, "critic_optimizer": {**adam, "state": misshapen}}},
         "config.json": {
@@ -100,7 +105,8 @@ COMMANDS = """
     --eval good --task mine.py --lr 1 => --lr
     --plot metrics-words => metrics-words ; --plot result-torn => result-torn
     rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere
-    rollout checkpoint-malice => checkpoint.pt
+    --resume checkpoint-spy --task mine.py --iterations 3 => checkpoint-spy
+    rollout checkpoint-malice => checkpoint.pt ; rollout checkpoint-spy => checkpoint.pt
 """
 MORE_COMMANDS = """
     --task ; --task '' => no task ; --algo trpo, => --algo ; --algo trpo,dqn => dqn ; --tensorboard 1 => 1
@@ -128,6 +134,8 @@ MORE_COMMANDS = """
     --eval good --task mine.py --temperature 0 => --temperature
     --eval good --task mine.py --max-new-tokens 99 => context
     --eval checkpoint-malice --task mine.py => checkpoint-malice
+    --eval checkpoint-misfit --task mine.py => checkpoint-misfit ; --eval good --task tie.py => twice
+    --init checkpoint-spy => checkpoint-spy ; --eval good --task preferences => no reward model
     --plot ; --plot good thesis => thesis ; --plot good --lr 1 => --lr ; --plot good --name a/b => --name
     --plot good --name folder => folder.md ; --plot good --seeds 2 => --seeds
     --plot config-list => config-list ; --plot result-noise => result-noise
@@ -150,7 +158,8 @@ VALUES = """
     --whiten 2 yes ; --lr -1 inf x ; --max-grad-norm -1 ; --epochs 0 ; --minibatches 0 17 ;
     --micro-batch 0 -1 x ; --clip -1 1e39
     --target-kl -1 ; --delta -1 ; --cg-iters 0 ; --damping -1 ; --fisher-fraction 0 1.5 ; --critic-lr x -1
-    --critic-epochs 0 ; --eval-episodes 1 ; --eval-every -1 ; --save-every 0
+    --critic-epochs 0 ; --comparisons 19 x
+    --reward-steps 0 ; --eval-episodes 1 ; --eval-every -1 ; --save-every 0
 """
 SAMPLING_VALUES = """
     -n x 99999999999 ; --temperature -1 0 nan ; --max-new-tokens 0 ; --seed -1 ; --top-k -1 ; --top-p 0 1.5

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from advantage import all_sum, masked_mean, processes, whiten
-from algos import Batch, chosen, fisher_vector_product, fit_critic, flatten, log_probs, ppo, reinforce, trpo
+from algos import (Batch, chosen, fisher_vector_product, fit_critic, fit_reward, flatten, log_probs, ppo,
+                   reinforce, trpo)
 from helpers import ROOT, SMALL, TINY, rows, task_file
 from model import GPT, Critic, GPTConfig
 from reward import Task
@@ -27,9 +28,15 @@ from rollout import Tokenizer
 B, T, V, TEMPERATURE = 12, 7, 11, 0.9
 SIZES = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=8)
 CONFIG = dict(temperature=TEMPERATURE, max_grad_norm=0.1, clip=0.01, epochs=3, target_kl=0.01, delta=0.01,
-              cg_iters=10, damping=0.1, critic_epochs=2, micro_batch=20)
+              cg_iters=10, damping=0.1, critic_epochs=2)
 WHOLE = dict(minibatches=1, fisher_fraction=1.0)
 PARTS = dict(minibatches=2, fisher_fraction=0.4)
+
+
+def micro_batch():
+    """The truth takes all cells at once; of several processes each takes another number."""
+    rank, count = processes()
+    return 10 ** 6 if count == 1 else 7 + 13 * rank
 
 
 def generator(seed=5):
@@ -64,7 +71,7 @@ def my_batch(policy):
 def update_results(choice, random_numbers):
     """What each update adds to the weights, and its diagnostics."""
     policy, results = make_policy(), {}
-    batch, config = my_batch(policy), SimpleNamespace(**CONFIG | choice)
+    batch, config = my_batch(policy), SimpleNamespace(**CONFIG | choice, micro_batch=micro_batch())
     for update in (reinforce, ppo, trpo, fit_critic):
         model = Critic(SIZES, policy).double() if update is fit_critic else copy.deepcopy(policy)
         before = flatten(model.parameters()).detach()
@@ -87,10 +94,11 @@ def whole_batch_results():
     policy = make_policy()
     batch = my_batch(policy)
     vector = rand(sum(p.numel() for p in policy.parameters()))
+    config = SimpleNamespace(**CONFIG, micro_batch=micro_batch())
     return update_results(WHOLE, generator) | {
         "mean": masked_mean(batch.returns, batch.mask),
-        "fisher": fisher_vector_product(policy, batch, SimpleNamespace(**CONFIG))(vector),
-        "pretraining": pretraining_result()}
+        "fisher": fisher_vector_product(policy, batch, config)(vector),
+        "pretraining": pretraining_result(), "reward model": reward_model_result()}
 
 
 def pretraining_result():
@@ -100,9 +108,23 @@ def pretraining_result():
     texts = [torch.randint(V, (2 + i % 7,), generator=generator(i)).tolist() for i in range(40)]
     rows = train.to_rows(texts, 8)
     config = SimpleNamespace(pretrain_steps=5, pretrain_batch=6, pretrain_lr=1e-2, dtype="float32",
-                             micro_batch=20)
+                             micro_batch=micro_batch())
     train.maximize_likelihood(policy, rows, config, generator())
     return flatten(policy.parameters()).detach() - before
+
+
+def reward_model_result():
+    """What a step of a reward model's fit adds to the weights, on comparisons of texts of several lengths."""
+    model = Critic(SIZES, make_policy()).double()
+    torch.nn.init.ones_(model.value_head.weight)
+    before, (rank, count) = flatten(model.parameters()).detach(), processes()
+    obs = torch.randint(V, (12, T, 2), generator=generator())
+    ends = torch.arange(12)[:, None] % (T - 1)
+    obs[torch.arange(T) > ends + 1] = -100
+    batch = Batch(obs, None, torch.arange(T) == ends + 1).rows(slice(rank, None, count))
+    config = SimpleNamespace(**CONFIG, micro_batch=micro_batch(), reward_steps=0)
+    fit_reward(model, batch, batch, torch.optim.SGD(model.parameters(), 1.0), config, generator())
+    return flatten(model.parameters()).detach() - before
 
 
 def collected():

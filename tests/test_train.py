@@ -309,7 +309,8 @@ def test_pretrained_weights_are_kept_for_exactly_what_decides_them(tmp_path, mon
                   iterations=1, batch_size=32, group_size=8, max_new_tokens=10, temperature=0.5, kl_coef=1,
                   gamma=0.9, lam=0.9, whiten=0, lr=1, max_grad_norm=2, epochs=1, minibatches=1, clip=0.1,
                   target_kl=1, delta=1, cg_iters=1, damping=1, fisher_fraction=1, critic_lr=1,
-                  critic_epochs=1, eval_episodes=2, eval_every=1, save_every=1, micro_batch=99)
+                  critic_epochs=1, eval_episodes=2, eval_every=1, save_every=1, micro_batch=99,
+                  comparisons=99, reward_steps=1)
     elsewhere = {"task", "init", "out", "overwrite", "tensorboard"}  # below, or without a value
     assert {*decisive, *others, *elsewhere} == {*asdict(train.Config())}
     files = kept()
