@@ -255,6 +255,8 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
 
 # Second order.
 
+KEPT = 10 ** 8  # the most probabilities in the graphs that Fisher products keep; each takes some 20 bytes
+
 def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     """Solve A x = b for a symmetric positive definite A of which only the products v -> A v are known.
 
@@ -285,26 +287,34 @@ def fisher_vector_product(policy, batch, config):
     The KL from π_old is zero here and so is its gradient; its Hessian is not: it is
     F = E[Jᵀ (diag p - p pᵀ) J], where J is the derivative of a state's logits by the weights and p their
     softmax. Jᵀu is a backward pass. It is linear in u, so that the gradient of (Jᵀu)·v by u, a second
-    backward pass, is J v. Both graphs are made once and kept for all products. The network is never
-    differentiated twice by its weights, and F is positive semi-definite by construction.
+    backward pass, is J v. Both graphs are made once for all products (those of large batches in part anew for
+    each). The network is never differentiated twice by its weights, and F is positive semi-definite by
+    construction.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
     the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
     calculating Jacobian vector products".
     """
     params = [p for p in policy.parameters() if p.requires_grad]
-    actions, graphs = all_sum(batch.mask.sum()), []
-    for _, part in micro_batches(batch, config.micro_batch):
+    parts = [part for _, part in micro_batches(batch, config.micro_batch)]
+    actions = all_sum(batch.mask.sum())
+
+    def graph(part):
         with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
             logits = policy(part.obs) / config.temperature  # (b, T, A)
         probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
         weight = (part.mask / actions).unsqueeze(-1).to(logits.dtype)  # (b, T, 1), of a mean
         u = torch.zeros_like(logits, requires_grad=True)  # any value will do: Jᵀu is linear in it
         Jtu = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
-        graphs.append((probs, weight, u, flatten(Jtu)))
+        return probs, weight, u, flatten(Jtu)
+
+    kept = []
+    while len(kept) < len(parts) and sum(probs.numel() for probs, *_ in kept) < KEPT:
+        kept.append(graph(parts[len(kept)]))
 
     def product(v):
         Fv = torch.zeros_like(v)
-        for probs, weight, u, Jtu in graphs:
+        for i, part in enumerate(parts):
+            probs, weight, u, Jtu = kept[i] if i < len(kept) else graph(part)
             Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (b, T, A), the gradient of (Jᵀu)·v by u
             Fv += flatten(torch.autograd.grad(probs, params, weight * Jv, retain_graph=True,
                                               materialize_grads=True))  # Jᵀ (diag p - p pᵀ) weight J v

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import algos
 from algos import (Batch, check_finite, chosen, conjugate_gradient, entropy, fisher_vector_product,
                    fit_critic, flatten, kl_divergence, line_search, log_probs, mean_gradient,
                    mean_kl, micro_batches, minibatches, ppo, reinforce, trpo)
@@ -308,6 +309,16 @@ def test_parts_and_the_whole_give_the_same_fisher_product_and_kl(policy, size):
     torch.testing.assert_close(product, whole, rtol=1e-6, atol=1e-9)
     kl = mean_kl(policy, new, batch, config(micro_batch=size))
     assert kl == pytest.approx(explicit_kl(policy, new, batch))
+
+
+@pytest.mark.parametrize("most", [0, 100])
+def test_fisher_graphs_that_are_not_kept_give_the_same_product(policy, monkeypatch, most):
+    batch, v = make_batch(policy), rand(len(weights(policy)))
+    kept = fisher_vector_product(policy, batch, config(micro_batch=7))
+    monkeypatch.setattr(algos, "KEPT", most)
+    made_again = fisher_vector_product(policy, batch, config(micro_batch=7))
+    for _ in range(2):
+        torch.testing.assert_close(made_again(v), kept(v), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("update", UPDATES)
