@@ -799,6 +799,11 @@ def interval(values):
     return mean, quantile * stdev(values) / math.sqrt(n)
 
 
+def have_true_rewards(groups):
+    """Whether the runs of all groups have true rewards beside learned ones."""
+    return all("true_reward" in metrics for group in groups.values() for _, metrics in group)
+
+
 def compare(runs, path):
     """Finished runs averaged over seeds: a table, printed and written to PATH.md, and curves, PATH.png."""
     groups, runs = {}, [Path(run).resolve() for run in runs]
@@ -808,8 +813,11 @@ def compare(runs, path):
         label, result, metrics = read_run(run)
         groups.setdefault(label, []).append((result, metrics))
     metric = " or ".join(sorted({result["metric"] for group in groups.values() for result, _ in group}))
-    titles = {"reward": "reward", "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL",
-              "entropy": "entropy", "length": "length", "distinct_2": "distinct pairs"}
+    titles = {"reward": "reward", "true_reward": "true reward", "metric": metric,
+              "greedy": f"{metric}, greedy", "kl": "KL", "entropy": "entropy", "length": "length",
+              "distinct_2": "distinct pairs"}
+    if not have_true_rewards(groups):
+        del titles["true_reward"]
 
     def cell(values):
         mean, half = interval(values)
@@ -828,22 +836,32 @@ def compare(runs, path):
 
 
 def plot(groups, path):
-    """Learning curves with their 95% interval, and reward against KL, as a PNG. False without matplotlib."""
+    """Learning curves with their 95% interval, and reward against KL, as a PNG. False without matplotlib.
+
+    Where the rewards are learned, true rewards are drawn too, dashed, and the second axis is √KL of a text.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    learned = have_true_rewards(groups)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     learning, frontier = figure.subplots(1, 2, sharey=True)
     for label, group in groups.items():
         over_seeds = lambda column: list(zip(*(metrics[column] for _, metrics in group)))
+        means = lambda column: list(map(fmean, over_seeds(column)))
         reward, half = zip(*map(interval, over_seeds("reward")))
-        steps = range(1, len(reward) + 1)
-        learning.plot(steps, reward, label=label)
+        steps, kl = range(1, len(reward) + 1), means("kl")
+        line, = learning.plot(steps, reward, label=label)
         learning.fill_between(steps, *zip(*((m - h, m + h) for m, h in zip(reward, half))), alpha=0.2)
-        frontier.plot(list(map(fmean, over_seeds("kl"))), reward, ".-", label=label)
+        if learned:
+            kl = [math.sqrt(k * n) for k, n in zip(kl, means("length"))]
+            for axes, x in (learning, steps), (frontier, kl):
+                axes.plot(x, means("true_reward"), "--", color=line.get_color(), label=f"{label}, true")
+        frontier.plot(kl, reward, ".-", color=line.get_color(), label=label)
     learning.set(xlabel="iteration", ylabel="reward")
-    frontier.set(xlabel="KL to the reference, nats per token")
+    frontier.set(xlabel="√KL to the reference of a text, √nats" if learned else
+                 "KL to the reference, nats per token")
     learning.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
     return True

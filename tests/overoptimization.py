@@ -47,7 +47,7 @@ def settings(seed):
 
 
 def train_missing(seeds, out):
-    """Train the runs that are not finished. Those of a seed and number of comparisons share a reward model."""
+    """Train the runs that are not finished. Those of a seed and number of comparisons share a model."""
     learn, models = train.learn_reward, {}
 
     def learn_once(task, policy, tokenizer, config, device):
@@ -96,7 +96,7 @@ def law(d, true, form):
 
 
 def best_of(run, seed, counts=N, task="preferences"):
-    """{n: mean (learned, true) reward of the best of n completions of the pretrained policy, by the model}."""
+    """{n: mean (learned, true) reward of the best by the model of n completions of the pretrained policy}."""
     _, reference, tokenizer, more = load_checkpoint(run)
     config = train.Config(**more["config"])
     task = load_task(task, config.pretrain_seed)

@@ -175,6 +175,22 @@ def test_curves_are_drawn_with_matplotlib(tmp_path, monkeypatch):
     assert drawn == [[[[1, 1], [2, 3]], [[0.01, 1], [0.02, 3]]]]
 
 
+def test_true_rewards_are_in_the_table_and_drawn_against_the_root_of_the_kl(tmp_path, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    drawn = {}
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.update(
+        {(i, line.get_label()): line.get_xydata().tolist()
+         for i, axes in enumerate(self.axes) for line in axes.get_lines()}))
+    run = make_run(tmp_path / "a-0", [0, 1], 1, true_reward=[0.5, -1], length=[4, 8])
+    result = read(tmp_path / "a-0")
+    result["after"]["true_reward"] = -0.75
+    (tmp_path / "a-0" / "result.json").write_text(json.dumps(result))
+    assert train.main(["--plot", str(run), "--out", str(tmp_path)]) is None
+    assert cells(capsys.readouterr().out)["a"]["true reward"] == "-0.750"
+    assert drawn == {(0, "a"): [[1, 0], [2, 1]], (0, "a, true"): [[1, 0.5], [2, -1]],
+                     (1, "a"): [[0.2, 0], [0.4, 1]], (1, "a, true"): [[0.2, 0.5], [0.4, -1]]}
+
+
 def test_without_matplotlib_there_is_a_table_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run = make_run(tmp_path / "a-0", [0, 1], 1)
