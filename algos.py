@@ -229,14 +229,16 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
     """Fit a reward model to comparisons by maximum likelihood: loss -log σ(r(better) - r(worse)).
 
     model: a Critic, whose value at a text's last token is its reward r. batch, heldout: Batches of
-    comparisons with obs (N, T, 2), the tokens of the better and of the worse text, padded with -100, and mask
-    True once a row. About reward_steps steps of 64 comparisons; of the passes over the batch, the one that is
-    best on heldout counts. Returns its loss and accuracy there.
+    comparisons with obs (N, T, 2), the tokens of the better and of the worse text, padded with -100. Their
+    mask is True once a row, since a comparison counts once, at the end of the longer text, up to which
+    `micro_batches` keeps the columns. About reward_steps steps of 64 comparisons of all processes; of the
+    passes over the batch, the best on heldout counts. Returns its loss and accuracy there.
     Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
     """
     def loss(part):
         better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
-        found = {"loss": -F.logsigmoid(better - worse), "accuracy": (better > worse).to(better.dtype)}
+        margin = better - worse
+        found = {"loss": -F.logsigmoid(margin), "accuracy": 0.5 + 0.5 * margin.sign()}  # a tie is half right
         return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}  # (b, T)
 
     n, best = all_sum(batch.mask.sum()).item(), {"loss": math.inf}
@@ -255,7 +257,7 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
 
 # Second order.
 
-KEPT = 10 ** 8  # the most probabilities in the graphs that Fisher products keep; each takes some 20 bytes
+GRAPHS_KEPT = 10 ** 8  # Fisher products keep graphs until these hold so many probabilities, some 2 GB
 
 def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     """Solve A x = b for a symmetric positive definite A of which only the products v -> A v are known.
@@ -308,7 +310,7 @@ def fisher_vector_product(policy, batch, config):
         return probs, weight, u, flatten(Jtu)
 
     kept = []
-    while len(kept) < len(parts) and sum(probs.numel() for probs, *_ in kept) < KEPT:
+    while len(kept) < len(parts) and sum(probs.numel() for probs, *_ in kept) < GRAPHS_KEPT:
         kept.append(graph(parts[len(kept)]))
 
     def product(v):

@@ -157,6 +157,8 @@ class GPT(nn.Module):
 class Critic(nn.Module):
     """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the expected return.
 
+    With another loss it is a reward model, of which `at_end` gives the reward of a text.
+
     A separate network: a value head on the policy's trunk would move the policy while it is fitted, outside
     any trust region. `policy`, where given, provides the trunk's initial weights. The head starts at zero, so
     that every value is the mean in `set_units`, at first 0. The head predicts deviations from that mean.

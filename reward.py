@@ -40,8 +40,9 @@ class Task:
     heldout: list[str]  # openings for evaluation, none of them in prompts
     reward: Callable[[str, str], float]  # (prompt, completion) -> what RL maximises
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
-    # To learn a reward from: [(prompt, better, worse)]; or, for pairs of the pretrained policy's completions,
-    preferences: Any = None  # (prompt, first, second) -> the probability that the first is preferred
+    # To learn a reward from: a list of (prompt, better, worse), or an annotator of the policy's completions,
+    # which is a function: (prompt, first, second) -> the probability that the first is preferred.
+    preferences: Any = None
     true_reward: Callable[[str, str], float] = None  # beside a learned one: reported, never trained on
 
 
@@ -183,25 +184,24 @@ def score(function, prompts, completions):
     return numbers
 
 
-def annotate(preferences, prompts, first, second, rng):
+def annotate(annotator, prompts, first, second, rng):
     """Let an annotator compare first and second, two completions of each prompt. rng: a random.Random.
 
-    preferences: (prompt, first, second) -> the probability that the first is preferred, by which it is drawn.
-    Returns [(prompt, better, worse)], without pairs of equal texts, and the probability of each decision.
+    annotator: (prompt, first, second) -> the probability that the first is preferred, by which it is drawn.
+    Returns [(prompt, better, worse, probability of this decision)], without pairs of equal texts.
     Raises BadTask for what is no probability.
     """
-    def preferred(prompt, pair):
-        return preferences(prompt, *pair)
+    def preferences(prompt, pair):
+        return annotator(prompt, *pair)
 
-    comparisons, chances, pairs = [], [], list(zip(first, second))
-    for prompt, (a, b), p in zip(prompts, pairs, score(preferred, prompts, pairs)):
+    comparisons, pairs = [], list(zip(first, second))
+    for prompt, (a, b), p in zip(prompts, pairs, score(preferences, prompts, pairs)):
         if not 0 <= p <= 1:
             raise BadTask(f"preferences returned {p} for {prompt!r}, {a!r} and {b!r}: return a probability")
-        decision = (p, a, b) if rng.random() < p else (1 - p, b, a)
+        decision = (a, b, p) if rng.random() < p else (b, a, 1 - p)
         if a != b:
-            comparisons.append((prompt, *decision[1:]))
-            chances.append(decision[0])
-    return comparisons, chances
+            comparisons.append((prompt, *decision))
+    return comparisons
 
 
 # Grammars, out of which two of the tasks make their corpus.

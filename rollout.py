@@ -261,7 +261,8 @@ def learned_reward(model, tokenizer):
     @torch.no_grad()
     def learned(prompts, completions):
         tokens = whole_texts(prompts, completions, tokenizer, model.transformer.config.block_size)
-        return [r for part in tokens.to(model.mean.device).split(256) for r in model.at_end(part).tolist()]
+        rows = max(1, 2 ** 14 // tokens.shape[1])  # at once
+        return [r for part in tokens.to(model.mean.device).split(rows) for r in model.at_end(part).tolist()]
     return learned
 
 

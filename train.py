@@ -106,7 +106,7 @@ class Config:
     whiten: int = option(1, "whiten the advantages: 0 or 1", 0, 1)
     # the updates
     lr: float = option(1e-3, "Adam learning rate (reinforce, ppo)", 0)
-    max_grad_norm: float = option(1.0, "gradient clipping: largest norm (reinforce, ppo, critic)", 0)
+    max_grad_norm: float = option(1.0, "gradient clipping: largest norm (all but trpo)", 0)
     epochs: int = option(4, "passes over the batch (ppo)", 1)
     minibatches: int = option(4, "minibatches per pass (ppo, critic)", 1)
     clip: float = option(0.2, "clip range epsilon of the probability ratio (ppo)", 0)
@@ -240,7 +240,7 @@ def set_up(config):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise BadInput(f"there is no device {name}: give --device auto, cpu, cuda or mps")
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)
@@ -319,7 +319,7 @@ def to_rows(texts, block_size):
     pieces = [torch.tensor(text[i:i + block_size + 1])
               for text in texts for i in range(0, len(text) - 1, block_size)]
     if not pieces:
-        return torch.empty(0, 0, dtype=torch.long)
+        return torch.empty(0, 2, dtype=torch.long)
     return pad_sequence(pieces, batch_first=True, padding_value=-100)
 
 
@@ -476,7 +476,7 @@ def evaluate(task, policy, reference, tokenizer, config):
     n = min(len(task.heldout), len(prompts))  # prompt i is completed in rows i, i + n, i + 2n, …
     _, half = interval([fmean(judged["reward"][i::n]) for i in range(n)])
     figures = {
-        "reward": fmean(judged["reward"]), "reward_ci": half,
+        "reward": fmean(judged["reward"]), "reward_ci": half,  # first, then the others
         **{name: fmean(numbers) for name, numbers in judged.items()}, "greedy": fmean(greedy),
         "kl": torch.cat(kl).mean().item(), "entropy": torch.cat(H).mean().item(),
         "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
@@ -536,12 +536,34 @@ def print_iteration(history, iterations, warned):
 # A reward learned from comparisons.
 
 def to_batch(comparisons, tokenizer, block_size, device):
-    """Comparisons [(prompt, better, worse)] as a Batch for `fit_reward`."""
-    prompts, better, worse = zip(*comparisons)
+    """Comparisons [(prompt, better, worse, …)] as a Batch for `fit_reward`."""
+    prompts, better, worse, *_ = zip(*comparisons)
     tokens = whole_texts(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
     obs = torch.stack(tokens.chunk(2), -1)  # (N, T, 2)
     end = (obs >= 0).any(-1).sum(1, keepdim=True) - 1  # (N, 1) the last column of the longer text
     return Batch(obs, None, mask=torch.arange(obs.shape[1], device=device) == end)
+
+
+def choose_comparisons(task, tokenizer, config, block_size):
+    """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
+    n = min(config.comparisons, len(task.preferences))
+    chosen = random.Random(config.seed).sample(task.preferences, n)
+    check_fit({prompt for prompt, *_ in chosen}, tokenizer, 1, block_size)
+    for prompt, *two in chosen:
+        n = len(tokenizer.encode(prompt)) + max(len(tokenizer.encode(text)) for text in two) + 1
+        if n > block_size:
+            raise BadInput(f"a preference for the prompt {prompt!r} has {n} tokens, its end included, which "
+                           f"exceed the context of {block_size}: shorten it, or give a larger --block-size")
+    return chosen
+
+
+def standardize(model, rewards):
+    """Give a reward model other units, in which these rewards (of all processes) have mean 0, deviation 1."""
+    rewards = torch.tensor(rewards, device=model.mean.device)[:, None]
+    mean, variance = mean_and_variance(rewards, torch.ones_like(rewards, dtype=torch.bool))
+    std = variance.sqrt().clamp(min=1e-8)
+    model.mean.copy_((model.mean - mean) / std)
+    model.std.copy_(model.std / std)
 
 
 def learn_reward(task, policy, tokenizer, config, device):
@@ -552,41 +574,41 @@ def learn_reward(task, policy, tokenizer, config, device):
     """
     (rank, count), block_size = processes(), policy.config.block_size
     generators = random_generators(config.seed, 0, device)  # RL's iterations count from 1
-    n = (config.comparisons if callable(task.preferences) else 1000) // count
+    annotated = callable(task.preferences)
+    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, block_size)
+    n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for mean and deviation
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
     texts = [text for _, episodes in complete(policy, policy, prompts, tokenizer, config, config.temperature,
                                               generators["sample"]) for text in episodes.completions]
-    if callable(task.preferences):
-        rng, of_prompts = random.Random(f"{config.seed} {rank}"), {*task.prompts}
-        mine, chances = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2], rng)
+    if annotated:
+        comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
+                               random.Random(f"{config.seed} {rank}"))
     else:
-        listed = task.preferences[:config.comparisons]
-        mine, of_prompts = listed[rank::count], {prompt for prompt, *_ in listed}
-        whole = [prompt + text for prompt, *two in listed for text in two]
-        check_fit([*of_prompts, *whole], tokenizer, 1, block_size)
-    heldout = random.Random(config.seed).sample(sorted(of_prompts), math.ceil(len(of_prompts) / 10))
-    test = torch.tensor([prompt in heldout for prompt, *_ in mine], device=device)
-    if test.all() or not test.any():
+        comparisons = choose_comparisons(task, tokenizer, config, block_size)
+    all_prompts = sorted({*task.prompts} if annotated else {prompt for prompt, *_ in comparisons})
+    held_out = {*random.Random(config.seed).sample(all_prompts, math.ceil(len(all_prompts) / 10))}
+    fitted = [comparison for comparison in comparisons if comparison[0] not in held_out]
+    test = [comparison for comparison in comparisons if comparison[0] in held_out]
+    if not annotated:  # then each process has all of them so far
+        fitted, test = fitted[rank::count], test[rank::count]
+    if not (fitted and test):
         raise BadInput("there are too few comparisons to hold some out: give more, of more prompts")
 
-    batch, model = to_batch(mine, tokenizer, block_size, device), Critic(policy.config, policy).to(device)
+    model = Critic(policy.config, policy).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
+    batches = [to_batch(part, tokenizer, block_size, device) for part in (fitted, test)]
     with mixed(config, device):
-        found = fit_reward(model, batch.rows(~test), batch.rows(test), optimizer, config,
-                           generators["update"])
+        found = fit_reward(model, *batches, optimizer, config, generators["update"])
     print(f"reward model: on comparisons of held-out prompts loss {found['loss']:.3f}, "
           f"accuracy {found['accuracy']:.3f}")
-    if callable(task.preferences):
-        p = torch.tensor(chances, device=device)[test, None]
-        loss, accuracy = (masked_mean(x, p > 0).item() for x in (-p.log(), (p > 0.5) + 0.5 * (p == 0.5)))
+    if annotated:
+        p = torch.tensor([p for *_, p in test], device=device)[:, None]  # of each decision
+        own = {"loss": -p.log(), "accuracy": 0.5 + 0.5 * (p - 0.5).sign()}
+        loss, accuracy = (masked_mean(x, torch.ones_like(x, dtype=torch.bool)) for x in own.values())
         print(f"the annotator's own preferences there: loss {loss:.3f}, accuracy {accuracy:.3f}")
 
-    rewards = torch.tensor(learned_reward(model, tokenizer)(prompts, texts), device=device)[:, None]
-    mean, variance = mean_and_variance(rewards, torch.ones_like(rewards, dtype=torch.bool))
-    std = variance.sqrt().clamp(min=1e-8)
-    model.mean.copy_((model.mean - mean) / std)
-    model.std.copy_(model.std / std)
+    standardize(model, learned_reward(model, tokenizer)(prompts, texts))
     return model.requires_grad_(False)
 
 
@@ -838,29 +860,30 @@ def compare(runs, path):
 def plot(groups, path):
     """Learning curves with their 95% interval, and reward against KL, as a PNG. False without matplotlib.
 
-    Where the rewards are learned, true rewards are drawn too, dashed, and the second axis is √KL of a text.
+    Where true rewards stand beside learned ones, they are drawn too, dashed, and the KL is √KL of a text.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    learned = have_true_rewards(groups)
+    both = have_true_rewards(groups)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     learning, frontier = figure.subplots(1, 2, sharey=True)
     for label, group in groups.items():
         over_seeds = lambda column: list(zip(*(metrics[column] for _, metrics in group)))
         means = lambda column: list(map(fmean, over_seeds(column)))
         reward, half = zip(*map(interval, over_seeds("reward")))
-        steps, kl = range(1, len(reward) + 1), means("kl")
+        steps, distance = range(1, len(reward) + 1), means("kl")
         line, = learning.plot(steps, reward, label=label)
         learning.fill_between(steps, *zip(*((m - h, m + h) for m, h in zip(reward, half))), alpha=0.2)
-        if learned:
-            kl = [math.sqrt(k * n) for k, n in zip(kl, means("length"))]
-            for axes, x in (learning, steps), (frontier, kl):
+        if both:
+            roots = [map(math.sqrt, map(math.prod, zip(m["kl"], m["length"]))) for _, m in group]
+            distance = list(map(fmean, zip(*roots)))
+            for axes, x in (learning, steps), (frontier, distance):
                 axes.plot(x, means("true_reward"), "--", color=line.get_color(), label=f"{label}, true")
-        frontier.plot(kl, reward, ".-", color=line.get_color(), label=label)
+        frontier.plot(distance, reward, ".-", color=line.get_color(), label=label)
     learning.set(xlabel="iteration", ylabel="reward")
-    frontier.set(xlabel="√KL to the reference of a text, √nats" if learned else
+    frontier.set(xlabel="√KL to the reference of a text, √nats" if both else
                  "KL to the reference, nats per token")
     learning.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))

@@ -315,7 +315,7 @@ def test_parts_and_the_whole_give_the_same_fisher_product_and_kl(policy, size):
 def test_fisher_graphs_that_are_not_kept_give_the_same_product(policy, monkeypatch, most):
     batch, v = make_batch(policy), rand(len(weights(policy)))
     kept = fisher_vector_product(policy, batch, config(micro_batch=7))
-    monkeypatch.setattr(algos, "KEPT", most)
+    monkeypatch.setattr(algos, "GRAPHS_KEPT", most)
     made_again = fisher_vector_product(policy, batch, config(micro_batch=7))
     for _ in range(2):
         torch.testing.assert_close(made_again(v), kept(v), rtol=1e-12, atol=1e-12)

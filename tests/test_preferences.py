@@ -1,6 +1,5 @@
 """A reward that is learned from comparisons: its loss, its fit, and a run that is trained on it."""
 
-import copy
 import json
 import math
 import random
@@ -91,19 +90,22 @@ def test_the_loss_and_its_gradient_are_those_of_bradley_and_terry_by_hand(model,
             assert found == pytest.approx({"loss": loss.item(), "accuracy": sum(right) / 9})
 
 
-def test_the_best_pass_on_held_out_comparisons_counts(model, tokenizer):
-    fitted, heldout = (train.to_batch(comparisons(64, seed), tokenizer, 32, CPU) for seed in (0, 1))
-    later = copy.deepcopy(model)
-    kept = fit_reward(model, fitted, heldout, torch.optim.SGD(model.parameters(), 300.0),
-                      options(reward_steps=9))
+@pytest.mark.parametrize("contrary, best", [(False, 3), (True, 0)])
+def test_the_best_pass_on_held_out_comparisons_counts(policy, tokenizer, contrary, best):
+    """The last where they agree with those of the fit, the first where they contradict them."""
+    pairs, (model, later) = comparisons(64), (Critic(policy.config, policy).double() for _ in range(2))
+    fitted = train.to_batch(pairs, tokenizer, 32, CPU)
+    others = [(prompt, *two[::-1 if contrary else 1]) for prompt, *two in pairs]
+    heldout = train.to_batch(others, tokenizer, 32, CPU)
+    found = fit_reward(model, fitted, heldout, torch.optim.SGD(model.parameters(), 0.02),
+                       options(reward_steps=4))
     passes = []
-    for _ in range(9):
-        last = fit_reward(later, fitted, heldout, torch.optim.SGD(later.parameters(), 300.0), options())
-        passes.append((last["loss"], flatten(later.parameters()).detach()))
-    loss, weights = min(passes, key=lambda one: one[0])
-    assert loss < passes[-1][0]  # the last is not the best
-    assert kept["loss"] == pytest.approx(loss)
-    torch.testing.assert_close(flatten(model.parameters()), weights)
+    for _ in range(4):
+        one = fit_reward(later, fitted, heldout, torch.optim.SGD(later.parameters(), 0.02), options())
+        passes.append((one["loss"], flatten(later.parameters()).detach()))
+    assert min(range(4), key=lambda i: passes[i][0]) == best
+    assert found["loss"] == pytest.approx(passes[best][0])
+    torch.testing.assert_close(flatten(model.parameters()).detach(), passes[best][1])
 
 
 def test_a_learned_reward_does_not_depend_on_filler_or_batch_mates(model, tokenizer):
@@ -151,11 +153,12 @@ def test_an_annotator_decides_with_the_probability_that_it_gives():
     rng = random.Random(0)
     prompts = rng.choices(PROMPTS, k=4000)
     first, second = ([rng.choice(["a", "aa", "aaa"]) for _ in prompts] for _ in range(2))
-    found, chances = annotate(preferences, prompts, first, second, rng)
+    *found, chances = zip(*annotate(preferences, prompts, first, second, rng))
+    found = list(zip(*found))
     kept = [(prompt, {a, b}) for prompt, a, b in zip(prompts, first, second) if a != b]
     assert [(prompt, {better, worse}) for prompt, better, worse in found] == kept
     longer = [len(better) > len(worse) for _, better, worse in found]
-    assert chances == pytest.approx([0.8 if is_longer else 0.2 for is_longer in longer])
+    assert list(chances) == pytest.approx([0.8 if is_longer else 0.2 for is_longer in longer])
     assert sum(longer) / len(longer) == pytest.approx(0.8, abs=0.03)
 
 
@@ -181,12 +184,40 @@ def test_unusable_preferences_are_refused(tmp_path, preferences, message):
         load_task(str(file), 0)
 
 
-def test_preferences_that_do_not_fit_are_refused(policy, tokenizer):
-    for prompt, better, message in [("film" * 40, " good", "context"), ("film", " good" * 40, "context"),
-                                    ("", " good", "empty")]:
-        task = Task([], PROMPTS, ["x"], None, None, preferences=[(prompt, better, " bad"), *LISTED])
-        with pytest.raises(BadInput, match=message):
-            train.learn_reward(task, policy, tokenizer, config(), CPU)
+@pytest.mark.parametrize("one, message", [
+    (("film" * 40, " good", " bad"), "context"), (("film", " good" * 40, " bad"), "context"),
+    (("film", " bad", " good" * 40), "context"), (("", " good", " bad"), "empty")])
+def test_preferences_that_do_not_fit_are_refused(policy, tokenizer, one, message):
+    task = Task([], PROMPTS, ["x"], None, None, preferences=[one, *LISTED])
+    with pytest.raises(BadInput, match=message):
+        train.learn_reward(task, policy, tokenizer, config(), CPU)
+
+
+def test_prompts_that_leave_no_room_are_refused_before_the_fit(policy, tokenizer):
+    for prompts, heldout in (["film " * 9], ["x"]), (["x"], [""]):
+        task = Task([], prompts, heldout, None, None, LISTED)
+        with pytest.raises(BadInput, match="context|empty"):
+            train.learn_reward(task, policy, tokenizer, config(max_new_tokens=25), CPU)
+
+
+def test_a_preference_fits_by_the_tokens_that_are_learned_from(tokenizer):
+    """Prompt and text have tokens of their own: together, "go" and "od" would be one."""
+    pair = ("film go", "od", "")
+    n = len(tokenizer.encode("film go")) + len(tokenizer.encode("od")) + 1
+    assert n > len(tokenizer.encode("film good")) + 1
+    task = Task([], PROMPTS, ["x"], None, None, preferences=[pair, *LISTED])
+    assert {*train.choose_comparisons(task, tokenizer, config(), n)} == {pair, *LISTED}
+    with pytest.raises(BadInput, match=f"'film go' has {n} tokens"):
+        train.choose_comparisons(task, tokenizer, config(), n - 1)
+
+
+def test_of_a_long_list_comparisons_are_chosen_at_random(tokenizer):
+    listed = sorted(comparisons(240))
+    task = Task([], PROMPTS, ["x"], None, None, preferences=listed)
+    one, other = (train.choose_comparisons(task, tokenizer, config(comparisons=40, seed=seed), 64)
+                  for seed in (0, 1))
+    assert len({*one}) == 40 and {*one} != {*other} and {*one, *other} <= {*listed}
+    assert len({prompt for prompt, *_ in one}) > 15
 
 
 def test_a_file_with_preferences_needs_no_reward(tmp_path):
