@@ -78,8 +78,9 @@ def smooth(values, width=3):
 def turn(d, learned, true):
     """Where the true reward is highest, smoothed, and where it ends: a row of figures."""
     best = max(range(len(true)), key=smooth(true).__getitem__)
-    return {"best true": smooth(true)[best], "at iteration": best + 1, "at √KL": d[best],
-            "learned there": smooth(learned)[best], "last true": fmean(true[-3:]),
+    true_at = lambda far: next((r for x, r in zip(d, smooth(true)) if x >= far), math.nan)
+    return {"true at √KL = 1": true_at(1), "= 2": true_at(2), "best true": smooth(true)[best],
+            "at iteration": best + 1, "at √KL": d[best], "learned there": smooth(learned)[best], "last true": fmean(true[-3:]),
             "last learned": fmean(learned[-3:]), "last √KL": fmean(d[-3:])}
 
 
@@ -114,6 +115,8 @@ def best_of(run, seed, counts=N, task="preferences"):
 
 def cell(values):
     mean, half = train.interval(list(values))
+    if math.isnan(mean):  # not all seeds have it
+        return "–"
     return f"{mean:.2f}" + f" ± {half:.2f}" * (len(values) > 1)
 
 
