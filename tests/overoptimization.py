@@ -80,7 +80,8 @@ def turn(d, learned, true):
     best = max(range(len(true)), key=smooth(true).__getitem__)
     true_at = lambda far: next((r for x, r in zip(d, smooth(true)) if x >= far), math.nan)
     return {"true at √KL = 1": true_at(1), "= 2": true_at(2), "best true": smooth(true)[best],
-            "at iteration": best + 1, "at √KL": d[best], "learned there": smooth(learned)[best], "last true": fmean(true[-3:]),
+            "at iteration": best + 1, "at √KL": d[best],
+            "learned there": smooth(learned)[best], "last true": fmean(true[-3:]),
             "last learned": fmean(learned[-3:]), "last √KL": fmean(d[-3:])}
 
 

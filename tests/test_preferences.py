@@ -211,6 +211,18 @@ def test_a_preference_fits_by_the_tokens_that_are_learned_from(tokenizer):
         train.choose_comparisons(task, tokenizer, config(), n - 1)
 
 
+def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
+    seen, to_batch = [], train.to_batch
+    monkeypatch.setattr(train, "to_batch", lambda part, *args: seen.append(part) or to_batch(part, *args))
+    listed = comparisons(300)
+    task = Task([], PROMPTS, ["x"], None, None, preferences=listed)
+    train.learn_reward(task, policy, tokenizer, config(reward_steps=1), CPU)
+    fitted, test = seen
+    assert sorted(fitted + test) == sorted(listed)
+    fitted, test = ({prompt for prompt, *_ in part} for part in seen)
+    assert fitted.isdisjoint(test) and len(test) == 4 and len(fitted) == 32  # of 36
+
+
 def test_of_a_long_list_comparisons_are_chosen_at_random(tokenizer):
     listed = sorted(comparisons(240))
     task = Task([], PROMPTS, ["x"], None, None, preferences=listed)
