@@ -4,9 +4,9 @@ A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic map
 here knows that the actions are tokens. A loss is written for each action of a part of the batch;
 `mean_gradient` takes its mean over the actions of the whole batch.
 
-`config` needs micro_batch and temperature; for gradient steps: max_grad_norm; ppo: clip, epochs, minibatches,
-target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs, minibatches;
-fit_reward: reward_steps.
+`config` needs micro_batch; policies: temperature; all but trpo: max_grad_norm; ppo: clip, epochs,
+minibatches, target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs,
+minibatches; fit_reward: reward_steps.
 """
 
 import copy
@@ -48,8 +48,8 @@ class Batch:
 def micro_batches(batch, size):
     """(index, Batch) of parts: episodes of like length, without the columns after the longest one's end.
 
-    Of at most `size` cells (rows times columns) each, or of one row. So memory grows with a part, not with
-    the batch, and little is computed where mask is False; sums are the same but for rounding.
+    Each part has at most `size` cells (rows times columns), or a single row. So memory grows with a part, not
+    with the batch, and little is computed where mask is False; sums are the same but for rounding.
     """
     columns = torch.arange(1, batch.mask.shape[1] + 1, device=batch.mask.device)
     lengths, order = (batch.mask * columns).amax(1).clamp(min=1).sort(descending=True)
@@ -62,7 +62,10 @@ def micro_batches(batch, size):
 
 @torch.no_grad()
 def in_parts(function, batch, config):
-    """{name: (B, T)} of the whole batch, 0 after the end. function: a part of it -> {name: (b, T)}."""
+    """{name: (B, T)} of the whole batch, undefined after an episode's end.
+
+    function: a part of the batch -> {name: (b, T)}.
+    """
     whole = {}
     for index, part in micro_batches(batch, config.micro_batch):
         for name, x in function(part).items():
@@ -80,9 +83,9 @@ def mean_gradient(model, loss, batch, config, max_grad_norm):
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         p.grad = torch.zeros_like(p)
-    actions, totals = all_sum(batch.mask.sum()), 0
+    n_actions, totals = all_sum(batch.mask.sum()), 0
     for _, part in micro_batches(batch, config.micro_batch):
-        means = {name: x.masked_fill(~part.mask, 0).sum() / actions for name, x in loss(part).items()}
+        means = {name: x.masked_fill(~part.mask, 0).sum() / n_actions for name, x in loss(part).items()}
         means["loss"].backward()
         totals = totals + torch.stack(list(means.values())).detach()
     if processes()[1] > 1:
@@ -163,7 +166,7 @@ def mean_kl(old, policy, batch, config):
 def reinforce(policy, batch, optimizer, config, generator=None):
     """One step up the policy gradient E[∇log π(a_t|s_t) A_t], the mean over the actions of the batch.
 
-    Returns diagnostics, kl_update of the first 64 episodes alone.
+    Returns diagnostics; their kl_update is the mean over the first 64 episodes alone.
     Williams 1992; with A_t in place of the return: Sutton et al. 2000.
     """
     old = copy.deepcopy(policy)
@@ -198,7 +201,7 @@ def ppo(policy, batch, optimizer, config, generator=None):
 
     for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
         stats = mean_gradient(policy, loss, minibatch, config, config.max_grad_norm)
-        if steps and stats["kl"] > config.target_kl:
+        if steps and stats["kl"] > config.target_kl:  # the first step is always taken
             break
         optimizer.step()
         steps.append(stats)
@@ -229,21 +232,21 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
     """Fit a reward model to comparisons by maximum likelihood: loss -log σ(r(better) - r(worse)).
 
     model: a Critic, whose value at a text's last token is its reward r. batch, heldout: Batches of
-    comparisons with obs (N, T, 2), the tokens of the better and of the worse text, padded with -100. Their
-    mask is True once a row, since a comparison counts once, at the end of the longer text, up to which
-    `micro_batches` keeps the columns. About reward_steps steps of 64 comparisons of all processes; of the
-    passes over the batch, the best on heldout counts. Returns its loss and accuracy there.
+    comparisons, obs (N, T, 2): the tokens of the better and of the worse text, padded with -100. A comparison
+    counts once, so mask is True at a single column, the end of the longer text (up to which micro_batches
+    keeps the columns). Takes about reward_steps steps of 64 comparisons, in whole passes over the batch, and
+    keeps the weights of the pass that is best on heldout. Returns their loss and accuracy there.
     Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
     """
     def loss(part):
         better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
         margin = better - worse
         found = {"loss": -F.logsigmoid(margin), "accuracy": 0.5 + 0.5 * margin.sign()}  # a tie is half right
-        return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}  # (b, T)
+        return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}  # (b, T), b numbers
 
-    n, best = all_sum(batch.mask.sum()).item(), {"loss": math.inf}
-    for _ in range(max(1, round(config.reward_steps * 64 / n))):
-        for minibatch in minibatches(batch, 1, math.ceil(n / 64), generator):
+    steps, best = math.ceil(all_sum(batch.mask.sum()).item() / 64), {"loss": math.inf}  # steps of a pass
+    for _ in range(max(1, round(config.reward_steps / steps))):
+        for minibatch in minibatches(batch, 1, steps, generator):
             mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
             optimizer.step()
         found = in_parts(loss, heldout, config)
@@ -298,13 +301,13 @@ def fisher_vector_product(policy, batch, config):
     """
     params = [p for p in policy.parameters() if p.requires_grad]
     parts = [part for _, part in micro_batches(batch, config.micro_batch)]
-    actions = all_sum(batch.mask.sum())
+    n_actions = all_sum(batch.mask.sum())
 
     def graph(part):
         with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
             logits = policy(part.obs) / config.temperature  # (b, T, A)
         probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
-        weight = (part.mask / actions).unsqueeze(-1).to(logits.dtype)  # (b, T, 1), of a mean
+        weight = (part.mask / n_actions).unsqueeze(-1).to(logits.dtype)  # (b, T, 1), of a mean
         u = torch.zeros_like(logits, requires_grad=True)  # any value will do: Jᵀu is linear in it
         Jtu = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
         return probs, weight, u, flatten(Jtu)

@@ -280,7 +280,8 @@ def pretrained(config, task, device):
     if policy:
         for tensor in policy.state_dict().values():
             key.update(tensor.cpu().numpy())
-    path = Path(config.out) / "pretrained" / f"{Path(config.task).stem}-{key.hexdigest()[:12]}.pt"
+    folder, digest = Path(config.out) / "pretrained", key.hexdigest()[:12]
+    path = next(folder.glob(f"*-{digest}.pt"), folder / f"{Path(config.task).stem}-{digest}.pt")
     if path.exists():
         policy, _, tokenizer, more = load_checkpoint(path, device)
         print(f"pretrained weights from {path}")
@@ -582,6 +583,7 @@ def learn_reward(task, policy, tokenizer, config, device):
     texts = [text for _, episodes in complete(policy, policy, prompts, tokenizer, config, config.temperature,
                                               generators["sample"]) for text in episodes.completions]
     if annotated:
+        print(f"{n * count} pairs of completions to compare", flush=True)
         comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
                                random.Random(f"{config.seed} {rank}"))
     else:
@@ -600,13 +602,13 @@ def learn_reward(task, policy, tokenizer, config, device):
     batches = [to_batch(part, tokenizer, block_size, device) for part in (fitted, test)]
     with mixed(config, device):
         found = fit_reward(model, *batches, optimizer, config, generators["update"])
-    print(f"reward model: on comparisons of held-out prompts loss {found['loss']:.3f}, "
-          f"accuracy {found['accuracy']:.3f}")
+    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on the comparisons of "
+          f"{len(held_out)} of {len(all_prompts)} prompts, which were held out of its fit")
     if annotated:
         p = torch.tensor([p for *_, p in test], device=device)[:, None]  # of each decision
         own = {"loss": -p.log(), "accuracy": 0.5 + 0.5 * (p - 0.5).sign()}
         loss, accuracy = (masked_mean(x, torch.ones_like(x, dtype=torch.bool)) for x in own.values())
-        print(f"the annotator's own preferences there: loss {loss:.3f}, accuracy {accuracy:.3f}")
+        print(f"the annotator's own probabilities: loss {loss:.3f}, accuracy {accuracy:.3f}")
 
     standardize(model, learned_reward(model, tokenizer)(prompts, texts))
     return model.requires_grad_(False)
@@ -709,9 +711,9 @@ def train(config, resume=False):
     device, (rank, count) = set_up(config), processes()
     run = Path(config.out) / config.name
     checkpoint, result = run / "checkpoint.pt", run / "result.json"
+    task, warned = load_task(config.task, config.pretrain_seed), set()
     if rank == 0:
         check_name(run, config, resume)
-    task, warned = load_task(config.task, config.pretrain_seed), set()
     history = []  # the rows of metrics.csv
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(checkpoint, device)

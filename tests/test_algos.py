@@ -311,7 +311,7 @@ def test_parts_and_the_whole_give_the_same_fisher_product_and_kl(policy, size):
     assert kl == pytest.approx(explicit_kl(policy, new, batch))
 
 
-@pytest.mark.parametrize("most", [0, 100])
+@pytest.mark.parametrize("most", [0, 30])
 def test_fisher_graphs_that_are_not_kept_give_the_same_product(policy, monkeypatch, most):
     batch, v = make_batch(policy), rand(len(weights(policy)))
     kept = fisher_vector_product(policy, batch, config(micro_batch=7))
