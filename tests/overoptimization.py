@@ -78,11 +78,9 @@ def smooth(values, width=3):
 def turn(d, learned, true):
     """Where the true reward is highest, smoothed, and where it ends: a row of figures."""
     best = max(range(len(true)), key=smooth(true).__getitem__)
-    true_at = lambda far: next((r for x, r in zip(d, smooth(true)) if x >= far), math.nan)
-    return {"true at √KL = 1": true_at(1), "= 2": true_at(2), "best true": smooth(true)[best],
-            "at iteration": best + 1, "at √KL": d[best],
-            "learned there": smooth(learned)[best], "last true": fmean(true[-3:]),
-            "last learned": fmean(learned[-3:]), "last √KL": fmean(d[-3:])}
+    near = next((reward for x, reward in zip(d, smooth(true)) if x >= 1), math.nan)
+    return {"true at √KL = 1": near, "best true": smooth(true)[best], "at √KL": d[best],
+            "last true": fmean(true[-3:]), "last learned": fmean(learned[-3:]), "last √KL": fmean(d[-3:])}
 
 
 def law(d, true, form):
