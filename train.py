@@ -55,7 +55,7 @@ DEFAULTS = {
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
     "preferences": dict(vocab_size=620, max_new_tokens=44),
     "init": dict(pretrain_steps=0),
-    "init gpt2": dict(pretrain_steps=0, pretrain_batch=8, pretrain_lr=1e-4, batch_size=16, lr=1e-5,
+    "init gpt2": dict(pretrain_steps=0, pretrain_batch=32, pretrain_lr=1e-4, batch_size=64, lr=1e-5,
                       critic_lr=1e-4, eval_episodes=64),
 }
 

@@ -285,7 +285,7 @@ def test_event_files_hold_the_metrics(out):
     ("--task addition --algo ppo", dict(lr=1e-4, group_size=1, damping=1.0)),  # the task's lr wins
     ("--task addition --algo reinforce", dict(iterations=150, block_size=16)),
     ("--task hello --max-new-tokens 9", dict(max_new_tokens=9, block_size=48)),
-    ("--task addition --init gpt2", dict(lr=1e-5, max_new_tokens=4, pretrain_steps=0, batch_size=16)),
+    ("--task addition --init gpt2", dict(lr=1e-5, max_new_tokens=4, pretrain_steps=0, batch_size=64)),
     ("--task addition --init a/checkpoint.pt", dict(lr=1e-4, pretrain_steps=0, pretrain_batch=64)),
     ("--task addition --init gpt2 --pretrain-steps 9 --algo ppo --lr 1", dict(lr=1.0, pretrain_steps=9)),
 ])
