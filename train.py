@@ -558,6 +558,14 @@ def choose_comparisons(task, tokenizer, config, block_size):
     return chosen
 
 
+def hold_out(comparisons, prompts, seed):
+    """(comparisons of nine tenths of the prompts, those of the others), at random."""
+    prompts = sorted({*prompts})
+    others = {*random.Random(seed).sample(prompts, math.ceil(len(prompts) / 10))}
+    return ([comparison for comparison in comparisons if comparison[0] not in others],
+            [comparison for comparison in comparisons if comparison[0] in others])
+
+
 def standardize(model, rewards):
     """Give a reward model other units, in which these rewards (of all processes) have mean 0, deviation 1."""
     rewards = torch.tensor(rewards, device=model.mean.device)[:, None]
@@ -578,22 +586,19 @@ def learn_reward(task, policy, tokenizer, config, device):
     annotated = callable(task.preferences)
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, block_size)
     n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for mean and deviation
+    print(f"reward model: two completions of {n * count} prompts", flush=True)
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
     texts = [text for _, episodes in complete(policy, policy, prompts, tokenizer, config, config.temperature,
                                               generators["sample"]) for text in episodes.completions]
     if annotated:
-        print(f"{n * count} pairs of completions to compare", flush=True)
         comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
                                random.Random(f"{config.seed} {rank}"))
+        fitted, test = hold_out(comparisons, task.prompts, config.seed)
     else:
         comparisons = choose_comparisons(task, tokenizer, config, block_size)
-    all_prompts = sorted({*task.prompts} if annotated else {prompt for prompt, *_ in comparisons})
-    held_out = {*random.Random(config.seed).sample(all_prompts, math.ceil(len(all_prompts) / 10))}
-    fitted = [comparison for comparison in comparisons if comparison[0] not in held_out]
-    test = [comparison for comparison in comparisons if comparison[0] in held_out]
-    if not annotated:  # then each process has all of them so far
-        fitted, test = fitted[rank::count], test[rank::count]
+        fitted, test = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
+        fitted, test = fitted[rank::count], test[rank::count]  # this process's share
     if not (fitted and test):
         raise BadInput("there are too few comparisons to hold some out: give more, of more prompts")
 
@@ -602,8 +607,8 @@ def learn_reward(task, policy, tokenizer, config, device):
     batches = [to_batch(part, tokenizer, block_size, device) for part in (fitted, test)]
     with mixed(config, device):
         found = fit_reward(model, *batches, optimizer, config, generators["update"])
-    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on the comparisons of "
-          f"{len(held_out)} of {len(all_prompts)} prompts, which were held out of its fit")
+    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on comparisons of a "
+          "tenth of the prompts, held out of its fit")
     if annotated:
         p = torch.tensor([p for *_, p in test], device=device)[:, None]  # of each decision
         own = {"loss": -p.log(), "accuracy": 0.5 + 0.5 * (p - 0.5).sign()}
