@@ -33,9 +33,9 @@ class Batch:
     advantages: torch.Tensor = None  # (B, T)
     returns: torch.Tensor = None  # (B, T) the critic's targets
     values: torch.Tensor = None  # (B, T) V(s_t) before the critic is fitted to them; 0 without a critic
-    ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t), and
-    scores: torch.Tensor = None  # (B,) each episode's reward: for a loss of your own, as in tests/examples
-    logp: torch.Tensor = None  # (B, T, A) log π_old(·|s_t), where there was room to keep it
+    ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t), for a loss of your own (tests/examples)
+    scores: torch.Tensor = None  # (B,) each episode's reward, likewise
+    logp: torch.Tensor = None  # (B, T, A) log π_old(·|s_t) of all actions; None where it would be too large
 
     def rows(self, index, columns=None):
         """The Batch of these episodes, of their first columns alone where a number of columns is given."""
@@ -49,7 +49,8 @@ def micro_batches(batch, size):
     """(index, Batch) of parts: episodes of like length, without the columns after the longest one's end.
 
     Each part has at most `size` cells (rows times columns), or a single row. So memory grows with a part, not
-    with the batch, and little is computed where mask is False; sums are the same but for rounding.
+    with the batch, and little is computed where mask is False. Sums over actions are the same but for
+    rounding, since no column depends on later ones.
     """
     columns = torch.arange(1, batch.mask.shape[1] + 1, device=batch.mask.device)
     lengths, order = (batch.mask * columns).amax(1).clamp(min=1).sort(descending=True)
@@ -83,22 +84,22 @@ def mean_gradient(model, loss, batch, config, max_grad_norm):
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         p.grad = torch.zeros_like(p)
-    n_actions, totals = all_sum(batch.mask.sum()), 0
+    n_actions, stats = all_sum(batch.mask.sum()), {}
     for _, part in micro_batches(batch, config.micro_batch):
-        means = {name: x.masked_fill(~part.mask, 0).sum() / n_actions for name, x in loss(part).items()}
-        means["loss"].backward()
-        totals = totals + torch.stack(list(means.values())).detach()
+        shares = {name: x.masked_fill(~part.mask, 0).sum() / n_actions for name, x in loss(part).items()}
+        shares["loss"].backward()  # adds to grad
+        stats = {name: stats.get(name, 0) + share.detach() for name, share in shares.items()}
     if processes()[1] > 1:
         for p, total in zip(params, unflatten(all_sum(flatten([p.grad for p in params])), params)):
             p.grad.copy_(total)
     norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
-    stats = dict(zip(means, all_sum(totals).tolist()))
+    stats = {name: all_sum(share).item() for name, share in stats.items()}
     check_finite(loss=stats["loss"], norm_of_the_gradient=norm)
     return stats | {"grad_norm": norm}
 
 
 def minibatches(batch, epochs, count, generator):
-    """`count` Batches of its rows, each row in one of them, at random, and so again in each epoch.
+    """In each epoch the rows, shuffled and split into `count` Batches.
 
     Of several processes each shuffles its own rows: one minibatch of each makes a minibatch of all.
     """
@@ -169,7 +170,7 @@ def reinforce(policy, batch, optimizer, config, generator=None):
     Returns diagnostics; their kl_update is the mean over the first 64 episodes alone.
     Williams 1992; with A_t in place of the return: Sutton et al. 2000.
     """
-    old = copy.deepcopy(policy)
+    old = copy.deepcopy(policy)  # to measure by how much the policy moves
 
     def loss(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
@@ -189,7 +190,7 @@ def ppo(policy, batch, optimizer, config, generator=None):
     target_kl. Returns diagnostics.
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7.
     """
-    old, steps = copy.deepcopy(policy).requires_grad_(False), []
+    old, steps = copy.deepcopy(policy).requires_grad_(False), []  # old: see old_log_probs
 
     def loss(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
@@ -214,9 +215,9 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
 
     The loss is divided by the returns' variance, so that its gradient does not depend on the reward's unit.
     """
+    batch = replace(batch, logp=None)  # spares its copies into minibatches
     _, variance = mean_and_variance(batch.returns, batch.mask)
     variance = variance.clamp(min=1e-8)
-    batch = replace(batch, logp=None)  # not needed here, and the largest to copy into parts
     unexplained, losses = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance, []
 
     def loss(part):
@@ -242,11 +243,12 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
         better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
         margin = better - worse
         found = {"loss": -F.logsigmoid(margin), "accuracy": 0.5 + 0.5 * margin.sign()}  # a tie is half right
-        return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}  # (b, T), b numbers
+        # (b, T): a comparison's number in each of its columns, of which the mask chooses one
+        return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}
 
-    steps, best = math.ceil(all_sum(batch.mask.sum()).item() / 64), {"loss": math.inf}  # steps of a pass
-    for _ in range(max(1, round(config.reward_steps / steps))):
-        for minibatch in minibatches(batch, 1, steps, generator):
+    steps_in_a_pass, best = math.ceil(all_sum(batch.mask.sum()).item() / 64), {"loss": math.inf}
+    for _ in range(max(1, round(config.reward_steps / steps_in_a_pass))):
+        for minibatch in minibatches(batch, 1, steps_in_a_pass, generator):
             mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
             optimizer.step()
         found = in_parts(loss, heldout, config)
@@ -292,9 +294,9 @@ def fisher_vector_product(policy, batch, config):
     The KL from π_old is zero here and so is its gradient; its Hessian is not: it is
     F = E[Jᵀ (diag p - p pᵀ) J], where J is the derivative of a state's logits by the weights and p their
     softmax. Jᵀu is a backward pass. It is linear in u, so that the gradient of (Jᵀu)·v by u, a second
-    backward pass, is J v. Both graphs are made once for all products (those of large batches in part anew for
-    each). The network is never differentiated twice by its weights, and F is positive semi-definite by
-    construction.
+    backward pass, is J v. Both graphs are made once for all products, except that what exceeds GRAPHS_KEPT in
+    a large batch is made again for each product. The network is never differentiated twice by its weights,
+    and F is positive semi-definite by construction.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
     the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
     calculating Jacobian vector products".
@@ -369,7 +371,7 @@ def trpo(policy, batch, optimizer, config, generator=None):
     Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
     params = [p for p in policy.parameters() if p.requires_grad]
-    old = copy.deepcopy(policy)
+    old = copy.deepcopy(policy)  # see old_log_probs
 
     def surrogate(part, logp):
         ratio = (chosen(logp, part.actions) - part.logprobs).exp()  # 1 before the step, but for rounding
