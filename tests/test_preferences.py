@@ -162,6 +162,23 @@ def test_an_annotator_decides_with_the_probability_that_it_gives():
     assert sum(longer) / len(longer) == pytest.approx(0.8, abs=0.03)
 
 
+def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monkeypatch):
+    def complete(policy, reference, prompts, *args):
+        yield prompts, SimpleNamespace(completions=[f" {prompt} {i}" for i, prompt in enumerate(prompts)])
+
+    def preferences(prompt, *two):
+        seen.append((prompt, *two))
+        return 0.5
+
+    seen = []
+    monkeypatch.setattr(train, "complete", complete)
+    task = Task([], PROMPTS, ["x"], None, None, preferences=preferences)
+    train.learn_reward(task, policy, tokenizer, config(comparisons=80, reward_steps=1), CPU)
+    assert [two for _, *two in seen] == [[f" {prompt} {2 * i}", f" {prompt} {2 * i + 1}"]
+                                         for i, (prompt, *_) in enumerate(seen)]
+    assert len(seen) == 80 and len({prompt for prompt, *_ in seen}) > 20
+
+
 @pytest.mark.parametrize("returned, error, message", [
     (1.5, BadTask, "returned 1.5"), (-1, BadTask, "returned -1"), ("first", BadTask, "must return a number"),
     (math.nan, FloatingPointError, "finite")])
