@@ -93,7 +93,7 @@ def mean_gradient(model, loss, batch, config, max_grad_norm):
         for p, total in zip(params, unflatten(all_sum(flatten([p.grad for p in params])), params)):
             p.grad.copy_(total)
     norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
-    stats = {name: all_sum(share).item() for name, share in stats.items()}
+    stats = dict(zip(stats, all_sum(torch.stack(list(stats.values()))).tolist()))  # one sum, one copy
     check_finite(loss=stats["loss"], norm_of_the_gradient=norm)
     return stats | {"grad_norm": norm}
 
@@ -262,8 +262,6 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
 
 # Second order.
 
-GRAPHS_KEPT = 10 ** 8  # Fisher products keep graphs until these hold so many probabilities, some 2 GB
-
 def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     """Solve A x = b for a symmetric positive definite A of which only the products v -> A v are known.
 
@@ -286,6 +284,9 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
         rr, rr_old = r @ r, rr
         p = r + rr / rr_old * p
     return x, r
+
+
+GRAPHS_KEPT = 10 ** 8  # Fisher products keep graphs until these hold so many probabilities, some 2 GB
 
 
 def fisher_vector_product(policy, batch, config):
@@ -314,9 +315,10 @@ def fisher_vector_product(policy, batch, config):
         Jtu = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
         return probs, weight, u, flatten(Jtu)
 
-    kept = []
-    while len(kept) < len(parts) and sum(probs.numel() for probs, *_ in kept) < GRAPHS_KEPT:
-        kept.append(graph(parts[len(kept)]))
+    kept = []  # the graphs of the first parts
+    for part in parts:
+        if sum(probs.numel() for probs, *_ in kept) < GRAPHS_KEPT:
+            kept.append(graph(part))
 
     def product(v):
         Fv = torch.zeros_like(v)

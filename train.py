@@ -579,8 +579,10 @@ def learn_reward(task, policy, tokenizer, config, device):
     """The reward model: the policy's trunk with a scalar head, fitted to the task's preferences, and frozen.
 
     A tenth of the prompts is held out of the fit. Its rewards have mean 0 and standard deviation 1 on the
-    policy's completions. Raises BadInput, BadTask.
+    policy's completions. None where the task has no preferences. Raises BadInput, BadTask.
     """
+    if task.preferences is None:
+        return None
     (rank, count), block_size = processes(), policy.config.block_size
     generators = random_generators(config.seed, 0, device)  # RL's iterations count from 1
     annotated = callable(task.preferences)
@@ -726,8 +728,7 @@ def train(config, resume=False):
     else:
         policy, tokenizer, pretraining = pretrained(config, task, device)
         reference = copy.deepcopy(policy)
-        learns = task.preferences is not None
-        reward_model = learn_reward(task, policy, tokenizer, config, device) if learns else None
+        reward_model = learn_reward(task, policy, tokenizer, config, device)
     task = use_reward_model(task, reward_model, tokenizer)
     reference.requires_grad_(False)
     critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
@@ -742,9 +743,8 @@ def train(config, resume=False):
 
     def save():
         if rank == 0:
-            states = {name: part.state_dict() for name, part in parts.items() if part}
-            if reward_model:
-                states["reward_model"] = reward_model.state_dict()
+            saved_parts = {**parts, "reward_model": reward_model}
+            states = {name: part.state_dict() for name, part in saved_parts.items() if part}
             save_checkpoint(checkpoint, policy, tokenizer, reference=reference.state_dict(), **states,
                             config=asdict(config), pretraining=pretraining, history=history)
 
@@ -828,6 +828,11 @@ def interval(values):
     return mean, quantile * stdev(values) / math.sqrt(n)
 
 
+def text_distance(metrics):
+    """√KL(π‖π_ref) of a whole text at each iteration, in √nats. metrics: of `read_run`."""
+    return [math.sqrt(kl * length) for kl, length in zip(metrics["kl"], metrics["length"])]
+
+
 def have_true_rewards(groups):
     """Whether the runs of all groups have true rewards beside learned ones."""
     return all("true_reward" in metrics for group in groups.values() for _, metrics in group)
@@ -884,8 +889,7 @@ def plot(groups, path):
         line, = learning.plot(steps, reward, label=label)
         learning.fill_between(steps, *zip(*((m - h, m + h) for m, h in zip(reward, half))), alpha=0.2)
         if both:
-            roots = [map(math.sqrt, map(math.prod, zip(m["kl"], m["length"]))) for _, m in group]
-            distance = list(map(fmean, zip(*roots)))
+            distance = list(map(fmean, zip(*(text_distance(metrics) for _, metrics in group))))
             for axes, x in (learning, steps), (frontier, distance):
                 axes.plot(x, means("true_reward"), "--", color=line.get_color(), label=f"{label}, true")
         frontier.plot(distance, reward, ".-", color=line.get_color(), label=label)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from reward import load_task, score
-from rollout import learned_reward, load_checkpoint
+from rollout import load_checkpoint
 
 ALGOS = {"reinforce": 80, "trpo": 40, "ppo": 40}  # iterations
 COEFFICIENTS = (0, 0.01, 0.03, 0.1, 0.3)
@@ -66,8 +66,7 @@ def train_missing(seeds, out):
 def path_of(run):
     """(d, learned, true) of each iteration: d = √KL(π‖π_ref) of a whole text, √nats; rewards are means."""
     _, _, metrics = train.read_run(run)
-    d = [math.sqrt(max(0, kl * length)) for kl, length in zip(metrics["kl"], metrics["length"])]
-    return d, metrics["reward"], metrics["true_reward"]
+    return train.text_distance(metrics), metrics["reward"], metrics["true_reward"]
 
 
 def smooth(values, width=3):
@@ -135,11 +134,12 @@ def report(seeds, out):
     table("ppo, β = 0", {f"{n:,} comparisons": turns("ppo", 0, n) for n in COMPARISONS})
     fits = {}
     for form, title in ((lambda d: d, "d (α - β d)"), (torch.log, "d (α - β log d)")):
-        for label, runs in [*((f"{algo}, 1,000", [(algo, 0, 1000)]) for algo in ALGOS),
-                            *((f"ppo, {n:,}", [("ppo", 0, n)]) for n in COMPARISONS if n != 1000)]:
-            (run,) = runs
-            found = [law(*(paths(*run, seed)[i] for i in (0, 2)), form) for seed in seeds]
-            fits[f"{title}: {label}"] = [dict(zip(("α", "β", "error"), one)) for one in found]
+        for algo, n in [*((algo, 1000) for algo in ALGOS), *(("ppo", n) for n in COMPARISONS if n != 1000)]:
+            found = []
+            for seed in seeds:
+                d, _, true = paths(algo, 0, n, seed)
+                found.append(dict(zip(("α", "β", "error"), law(d, true, form))))
+            fits[f"{title}: {algo}, {n:,}"] = found
     table("The law, β = 0", fits)
     best = [best_of(out / name("ppo", 0, 1000, seed), seed) for seed in seeds]
     table("Best of n, 1,000 comparisons",
