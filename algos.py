@@ -12,7 +12,7 @@ minibatches; fit_reward: reward_steps.
 import copy
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
@@ -35,7 +35,6 @@ class Batch:
     values: torch.Tensor = None  # (B, T) V(s_t) before the critic is fitted to them; 0 without a critic
     ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t), for a loss of your own (tests/examples)
     scores: torch.Tensor = None  # (B,) each episode's reward, likewise
-    logp: torch.Tensor = None  # (B, T, A) log π_old(·|s_t) of all actions; None where it would be too large
 
     def rows(self, index, columns=None):
         """The Batch of these episodes, of their first columns alone where a number of columns is given."""
@@ -149,16 +148,11 @@ def kl_divergence(logp, logq):
     return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
 
 
-def old_log_probs(old, part, config):
-    """log π_old(·|s) (b, T, A): kept from sampling, or computed again by `old`, a copy of the policy."""
-    return log_probs(old, part.obs, config.temperature) if part.logp is None else part.logp
-
-
 def mean_kl(old, policy, batch, config):
-    """How far an update moved the policy: the mean KL(π_old‖π)."""
+    """How far an update moved the policy: the exact mean KL(π_old‖π) over the actions of the batch."""
     def kl(part):
-        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
-        return {"kl": kl_divergence(old_log_probs(old, part, config), logp)}
+        old_logp, logp = (log_probs(p, part.obs, config.temperature) for p in (old, policy))  # (b, T, A)
+        return {"kl": kl_divergence(old_logp, logp)}
     return masked_mean(in_parts(kl, batch, config)["kl"], batch.mask).item()
 
 
@@ -186,19 +180,20 @@ def ppo(policy, batch, optimizer, config, generator=None):
     """Several epochs of minibatch steps up E[min(ρ A, clip(ρ, 1-ε, 1+ε) A)], with ρ = π(a|s) / π_old(a|s).
 
     The minimum removes the reason to move ρ further out of the clip range in the direction that A asks for,
-    and keeps the reason to come back. Ends early once the exact mean KL(π_old‖π) on a minibatch exceeds
-    target_kl. Returns diagnostics.
-    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7.
+    and keeps the reason to come back. Ends early once the mean KL(π_old‖π) on a minibatch, estimated from its
+    actions, exceeds target_kl. Returns diagnostics.
+    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; the estimator ρ - 1 - log ρ,
+    unbiased and never negative: Schulman 2020, "Approximating KL Divergence".
     """
-    old, steps = copy.deepcopy(policy).requires_grad_(False), []  # old: see old_log_probs
+    old, steps = copy.deepcopy(policy), []  # old: to measure by how much the policy moves
 
     def loss(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
-        ratio = (chosen(logp, part.actions) - part.logprobs).exp()  # (b, T)
+        log_ratio = chosen(logp, part.actions) - part.logprobs  # (b, T)
+        ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
         return {"loss": -torch.min(ratio * part.advantages, clipped * part.advantages),
-                "clip_fraction": ratio != clipped,
-                "kl": kl_divergence(old_log_probs(old, part, config), logp.detach())}
+                "clip_fraction": ratio != clipped, "kl": ratio - 1 - log_ratio}
 
     for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
         stats = mean_gradient(policy, loss, minibatch, config, config.max_grad_norm)
@@ -215,7 +210,6 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
 
     The loss is divided by the returns' variance, so that its gradient does not depend on the reward's unit.
     """
-    batch = replace(batch, logp=None)  # spares its copies into minibatches
     _, variance = mean_and_variance(batch.returns, batch.mask)
     variance = variance.clamp(min=1e-8)
     unexplained, losses = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance, []
@@ -286,44 +280,32 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     return x, r
 
 
-GRAPHS_KEPT = 10 ** 8  # Fisher products keep graphs until these hold so many probabilities, some 2 GB
-
-
 def fisher_vector_product(policy, batch, config):
     """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
 
     The KL from π_old is zero here and so is its gradient; its Hessian is not: it is
     F = E[Jᵀ (diag p - p pᵀ) J], where J is the derivative of a state's logits by the weights and p their
     softmax. Jᵀu is a backward pass. It is linear in u, so that the gradient of (Jᵀu)·v by u, a second
-    backward pass, is J v. Both graphs are made once for all products, except that what exceeds GRAPHS_KEPT in
-    a large batch is made again for each product. The network is never differentiated twice by its weights,
-    and F is positive semi-definite by construction.
+    backward pass, is J v. Both graphs are made once for all products. The network is never differentiated
+    twice by its weights, and F is positive semi-definite by construction.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
     the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
     calculating Jacobian vector products".
     """
     params = [p for p in policy.parameters() if p.requires_grad]
-    parts = [part for _, part in micro_batches(batch, config.micro_batch)]
-    n_actions = all_sum(batch.mask.sum())
-
-    def graph(part):
+    n_actions, graphs = all_sum(batch.mask.sum()), []
+    for _, part in micro_batches(batch, config.micro_batch):
         with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
             logits = policy(part.obs) / config.temperature  # (b, T, A)
         probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
         weight = (part.mask / n_actions).unsqueeze(-1).to(logits.dtype)  # (b, T, 1), of a mean
         u = torch.zeros_like(logits, requires_grad=True)  # any value will do: Jᵀu is linear in it
         Jtu = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
-        return probs, weight, u, flatten(Jtu)
-
-    kept = []  # the graphs of the first parts
-    for part in parts:
-        if sum(probs.numel() for probs, *_ in kept) < GRAPHS_KEPT:
-            kept.append(graph(part))
+        graphs.append((probs, weight, u, flatten(Jtu)))
 
     def product(v):
         Fv = torch.zeros_like(v)
-        for i, part in enumerate(parts):
-            probs, weight, u, Jtu = kept[i] if i < len(kept) else graph(part)
+        for probs, weight, u, Jtu in graphs:
             Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (b, T, A), the gradient of (Jᵀu)·v by u
             Fv += flatten(torch.autograd.grad(probs, params, weight * Jv, retain_graph=True,
                                               materialize_grads=True))  # Jᵀ (diag p - p pᵀ) weight J v
@@ -373,7 +355,7 @@ def trpo(policy, batch, optimizer, config, generator=None):
     Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
     params = [p for p in policy.parameters() if p.requires_grad]
-    old = copy.deepcopy(policy)  # see old_log_probs
+    old = copy.deepcopy(policy)
 
     def surrogate(part, logp):
         ratio = (chosen(logp, part.actions) - part.logprobs).exp()  # 1 before the step, but for rounding
@@ -392,9 +374,8 @@ def trpo(policy, batch, optimizer, config, generator=None):
     xFx = x @ (g - r)  # since (F + damping I) x = g - r
 
     def compare(part):
-        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
-        return {"surrogate": surrogate(part, logp),
-                "kl": kl_divergence(old_log_probs(old, part, config), logp)}
+        old_logp, logp = (log_probs(p, part.obs, config.temperature) for p in (old, policy))  # (b, T, A)
+        return {"surrogate": surrogate(part, logp), "kl": kl_divergence(old_logp, logp)}
 
     def evaluate():
         found = in_parts(compare, batch, config)

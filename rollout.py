@@ -120,20 +120,16 @@ class Tokenizer:
         return torch.tensor(sizes)
 
 
-KEPT = 2 ** 26  # the most log-probabilities that a rollout keeps: 256 MiB
-
-
 @dataclass
 class Rollout:
     """B sampled episodes of up to T actions. mask[b, t] is True where the policy chose tokens[b, t + 1].
 
-    logprobs and logp are undefined where mask is False.
+    logprobs is undefined where mask is False.
     """
 
     tokens: torch.Tensor  # (B, T+1) int64: prompt, completion, its end of text, then end of text as filler
     mask: torch.Tensor  # (B, T) bool: prompt False, completion and its end of text True, filler False
     logprobs: torch.Tensor  # (B, T) log π(a|s) when the action a was drawn
-    logp: torch.Tensor  # (B, T, V) log π(·|s) of all actions, or None where that exceeds KEPT numbers
 
     def completions(self, tokenizer):
         """The B completions as text, without prompt and end of text."""
@@ -191,8 +187,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     tokens = tokens.to(device)
     start = torch.tensor(lengths, device=device) - 1  # (B,) each row's first action
     stop = start + max_new_tokens  # (B,) one past its last action; sooner once it chooses eos_token
-    logprobs, V = next(policy.parameters()).new_zeros(B, T), policy.config.vocab_size
-    kept = logprobs.new_zeros(B, T, V) if B * T * V <= KEPT else None
+    logprobs = next(policy.parameters()).new_zeros(B, T)
 
     # Column t of uniforms is for action t: a row's i-th action gets its i-th number, whatever its neighbours.
     columns = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)
@@ -210,8 +205,6 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
         else:
             choice = draw(truncate(logp, top_k, top_p) if top_k or top_p < 1 else logp, uniforms[active, t])
         logprobs[active, t] = logp.gather(1, choice[:, None]).squeeze(1)
-        if kept is not None:
-            kept[active, t] = logp
         acts = (start[active] <= t) & (t < stop[active])  # False inside a prompt and after the end
         tokens[active, t + 1] = torch.where(acts, choice, tokens[active, t + 1])
         stop[active] = torch.where(acts & (choice == eos_token), t + 1, stop[active])
@@ -227,7 +220,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     T = int(stop.max())  # actions of the longest row
     columns = torch.arange(T, device=device)
     mask = (columns >= start[:, None]) & (columns < stop[:, None])
-    return Rollout(tokens[:, :T + 1], mask, logprobs[:, :T], None if kept is None else kept[:, :T])
+    return Rollout(tokens[:, :T + 1], mask, logprobs[:, :T])
 
 
 def check_fit(prompts, tokenizer, max_new_tokens, block_size):

@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from advantage import (ADVANTAGES, all_sum, discounted_returns, masked_mean, mean_and_variance, processes,
                        token_rewards, whiten)
 from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward, in_parts, kl_divergence,
-                   log_probs, mean_gradient, old_log_probs, ppo, reinforce, trpo)
+                   log_probs, mean_gradient, ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, annotate, distinct_n, load_task, score
 from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, learned_reward, load_checkpoint, load_weights,
@@ -114,7 +114,7 @@ class Config:
     delta: float = option(0.01, "trust region: largest mean KL of an update, nats (trpo)", 0)
     cg_iters: int = option(10, "conjugate gradient iterations (trpo)", 1)
     damping: float = option(0.1, "added to the diagonal of the Fisher matrix (trpo)", 0)
-    fisher_fraction: float = option(0.1, "share of the episodes in Fisher products (trpo)", 1e-6, 1)
+    fisher_fraction: float = option(0.1, "share of the episodes in Fisher products, time and memory (trpo)", 1e-6, 1)
     critic_lr: float = option(1e-3, "Adam learning rate of the critic and of the reward model", 0)
     critic_epochs: int = option(2, "passes over the batch (critic)", 1)
     eval_episodes: int = option(1000, "sampled completions per evaluation", 2)
@@ -389,8 +389,7 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
     temperature: of sampling, 0 is greedy. The reference is taken at the temperature of training.
     """
     def compare(part):
-        logp = old_log_probs(policy, part, config)  # (b, T, V)
-        ref_logp = log_probs(reference, part.obs, config.temperature)
+        logp, ref_logp = (log_probs(p, part.obs, config.temperature) for p in (policy, reference))  # (b, T, V)
         return {"ref_logprobs": chosen(ref_logp, part.actions), "kl": kl_divergence(logp, ref_logp),
                 "entropy": entropy(logp)}
 
@@ -398,7 +397,7 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
         rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
                          tokenizer.eos_token, temperature, generator)
         actions, mask = rollout.tokens[:, 1:], rollout.mask  # (B, T)
-        found = in_parts(compare, Batch(rollout.tokens[:, :-1], actions, mask, logp=rollout.logp), config)
+        found = in_parts(compare, Batch(rollout.tokens[:, :-1], actions, mask), config)
     length, ended = mask.sum(1), (mask & (actions == tokenizer.eos_token)).any(1)  # (B,)
     fluency = found["ref_logprobs"].masked_fill(~mask, 0).sum(1) / length
     columns = zip(rollout.completions(tokenizer), length.tolist(), ended.tolist(), fluency.tolist())
@@ -442,7 +441,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
         groups = scores.view(-1, config.group_size)
         stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1).tolist())
     return Batch(obs, actions, mask, rollout.logprobs, advantages, returns, values, episodes.ref_logprobs,
-                 scores, rollout.logp), stats
+                 scores), stats
 
 
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
