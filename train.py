@@ -11,12 +11,10 @@ import argparse
 import copy
 import csv
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import random
-import re
 import shlex
 import sys
 import time
@@ -78,7 +76,6 @@ class Config:
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
     micro_batch: int = option(1024, "most tokens worked on at once: memory and time, the same results", 1)
-    tensorboard: bool = option(False, "write TensorBoard event files too")
     # the model and its pretraining
     init: str = option("", "initial weights: a run, a checkpoint, a GPT-2's directory, or gpt2 (a download)")
     pretrain_seed: int = option(0, "seed of the corpus, the initial weights and pretraining", 0)
@@ -125,8 +122,7 @@ class Config:
 # Options that come with the weights of --init.
 INHERITED = ("tokenizer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 # The options that make sense beside --resume, --eval and --plot.
-TAKES = {"resume": ("task", "iterations", "eval_every", "save_every", "device", "threads", "micro_batch",
-                    "tensorboard"),
+TAKES = {"resume": ("task", "iterations", "eval_every", "save_every", "device", "threads", "micro_batch"),
          "eval": ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads", "dtype",
                   "micro_batch"),
          "plot": ("out", "name")}
@@ -227,8 +223,6 @@ def check(config, parser):
         parser.error(f"--advantage {c.advantage} needs --group-size 2 or more, to compare within a prompt")
     if c.name and Path(c.name).name != c.name or c.name in ("..", "pretrained"):
         parser.error(f"--name {c.name} must be a plain name, not pretrained: the directory above it is --out")
-    if c.tensorboard and not importlib.util.find_spec("tensorboard"):
-        parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
 
 
 def set_up(config):
@@ -636,23 +630,17 @@ def write_json(path, data):
     write_atomically(path, lambda file: file.write((json.dumps(data, indent=2) + "\n").encode()))
 
 
-RUN_FILES = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples.jsonl")
+def write_table(path, rows):
+    """Write rows, dicts of numbers with the same keys, as CSV."""
+    lines = [rows[0].keys(), *([f"{value:.6g}" for value in row.values()] for row in rows)]
+    text = "".join(",".join(line) + "\n" for line in lines)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def check_name(run, config, resume):
-    """Raises BadInput for a run that exists, unless it is to be resumed or replaced."""
-    if not (resume or config.overwrite) and any((run / name).exists() for name in RUN_FILES):
-        raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
-
-
-def begin(run, config, resume):
-    """Delete what is replaced (of a resumed run the result), the checkpoint first, and write config.json."""
-    check_name(run, config, resume)  # again, since another process may have taken the name meanwhile
-    files = [run / name for name in RUN_FILES] + list(run.glob("events.out.tfevents*"))
-    for file in [run / "result.json"] if resume else files:
-        if file.exists():
-            file.unlink()
-    write_json(run / "config.json", asdict(config))
+def files_of(run):
+    """What a run has written, but for config.json; the checkpoint is first."""
+    names = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
+    return [file for name in names for file in run.glob(name)]
 
 
 def random_generators(seed, iteration, device):
@@ -666,50 +654,15 @@ def random_generators(seed, iteration, device):
 def restore(parts, saved, path):
     """Load the saved states of networks and optimizers, {name: part or None}.
 
-    Returns the history and the figures of pretraining. Raises BadInput.
+    Returns the history, the evaluations and the figures of pretraining. Raises BadInput.
     """
     try:
         for name, part in parts.items():
             if part:
                 part.load_state_dict(saved[name])
-            if isinstance(part, torch.optim.Optimizer):  # which does not check the shapes itself
-                for p, state in part.state.items():
-                    if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
-                        raise ValueError("the optimizer belongs to other weights")
-        return list(saved["history"]), dict(saved["pretraining"])
+        return list(saved["history"]), dict(saved["evaluations"]), dict(saved["pretraining"])
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
-
-
-def log(run, history, events):
-    """Write metrics.csv, a row for each iteration so far, and the last row as TensorBoard events, if any."""
-    rows = [history[0].keys(), *([f"{value:.6g}" for value in row.values()] for row in history)]
-    text = "".join(",".join(row) + "\n" for row in rows)
-    write_atomically(run / "metrics.csv", lambda file: file.write(text.encode()))
-    if events:
-        for name, value in history[-1].items():
-            events.add_scalar(name, value, len(history))
-        events.flush()
-
-
-def log_evaluation(run, iteration, figures, samples):
-    """Write an evaluation behind those of earlier iterations; a resumed run repeats what came later."""
-    def write(name, header, lines):
-        path = run / name
-        old = path.read_text().splitlines()[len(header):] if path.exists() else []
-        kept = [line for line in old if int(re.search(r"\d+", line)[0]) < iteration]  # a line's first number
-        text = "\n".join([*header, *kept, *lines]) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
-
-    row = ",".join(f"{value:.6g}" for value in (iteration, *figures.values()))
-    write("eval.csv", [",".join(["iteration", *figures])], [row])
-    write("samples.jsonl", [], [json.dumps({"iteration": iteration, **sample}) for sample in samples])
-
-
-def open_events(run, done):
-    """A TensorBoard writer that replaces the events after `done` iterations."""
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(run), purge_step=done + 1)
 
 
 def train(config, resume=False):
@@ -717,10 +670,9 @@ def train(config, resume=False):
     device, (rank, count) = set_up(config), processes()
     run = Path(config.out) / config.name
     checkpoint, result = run / "checkpoint.pt", run / "result.json"
+    if rank == 0 and not (resume or config.overwrite) and files_of(run):
+        raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
     task, warned = load_task(config.task, config.pretrain_seed), set()
-    if rank == 0:
-        check_name(run, config, resume)
-    history = []  # the rows of metrics.csv
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(checkpoint, device)
         reward_model = saved.get("reward_model")
@@ -734,8 +686,9 @@ def train(config, resume=False):
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     parts = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
+    history, evaluations = [], {}  # the rows of metrics.csv; those of eval.csv by iteration
     if resume:
-        history, pretraining = restore(parts, saved, checkpoint)
+        history, evaluations, pretraining = restore(parts, saved, checkpoint)
         if config.iterations < len(history) or config.iterations == len(history) and result.exists():
             raise BadInput(f"{run} has done {len(history)} iterations: give more --iterations")
     before, samples_before = evaluate(task, reference, reference, tokenizer, config)
@@ -745,20 +698,22 @@ def train(config, resume=False):
             saved_parts = {**parts, "reward_model": reward_model}
             states = {name: part.state_dict() for name, part in saved_parts.items() if part}
             save_checkpoint(checkpoint, policy, tokenizer, reference=reference.state_dict(), **states,
-                            config=asdict(config), pretraining=pretraining, history=history)
+                            config=asdict(config), pretraining=pretraining, history=history,
+                            evaluations=evaluations)
 
-    def evaluate_now(iteration):
-        figures, samples = evaluate(task, policy, reference, tokenizer, config)
+    def log_evaluation(iteration, figures, samples):
+        evaluations[iteration] = {"iteration": iteration, **figures}
         if rank == 0:
-            log_evaluation(run, iteration, figures, samples)
-        return figures, samples
+            write_table(run / "eval.csv", [*evaluations.values()])
+            lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+            write_atomically(run / f"samples-{iteration}.jsonl", lambda file: file.write(lines.encode()))
 
     if rank == 0:
-        begin(run, config, resume)
+        for file in [result] * result.exists() if resume else files_of(run):
+            file.unlink()
+        write_json(run / "config.json", asdict(config))
     save()
-    if rank == 0 and not history:
-        log_evaluation(run, 0, before, samples_before)
-    events = open_events(run, len(history)) if config.tensorboard and rank == 0 else None
+    log_evaluation(0, before, samples_before)
     size = sum(p.numel() for p in policy.parameters())
     print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, {device}, "
           f"{count} process{'es' * (count > 1)} of {torch.get_num_threads()} threads")
@@ -774,14 +729,18 @@ def train(config, resume=False):
         check_finite(**stats, sum_of_the_weights=weights.item())  # which one weight that is NaN makes NaN
         history.append({"iteration": iteration, **stats, "seconds": time.perf_counter() - start})
         if rank == 0:
-            log(run, history, events)
+            write_table(run / "metrics.csv", history)
         print_iteration(history, config.iterations, warned)
         if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
-            print_figures(task, **{f"after {iteration}": evaluate_now(iteration)[0]})
-        if iteration % config.save_every == 0 or iteration == config.iterations:
+            figures, samples = evaluate(task, policy, reference, tokenizer, config)
+            log_evaluation(iteration, figures, samples)
+            print_figures(task, **{f"after {iteration}": figures})
+        if iteration % config.save_every == 0:
             save()
 
-    after, samples_after = evaluate_now(len(history))
+    after, samples_after = evaluate(task, policy, reference, tokenizer, config)
+    log_evaluation(len(history), after, samples_after)
+    save()
     seconds = sum(row["seconds"] for row in history)
     if rank == 0:
         write_json(result, {"metric": metric_name(task), "before": before, "after": after, "seconds": seconds,
@@ -901,8 +860,7 @@ def plot(groups, path):
 
 
 # Options that a run may change between its start and its end.
-INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "micro_batch", "tensorboard", "eval_every",
-              "save_every")
+INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "micro_batch", "eval_every", "save_every")
 
 
 def is_finished(config):

@@ -50,8 +50,6 @@ def zoo(tmp_path_factory):
 
     whole = (good / "checkpoint.pt").read_bytes()
     state = torch.load(good / "checkpoint.pt", weights_only=True)
-    adam = state["critic_optimizer"]
-    misshapen = {i: {**moments, "exp_avg": torch.zeros(3)} for i, moments in adam["state"].items()}
     config = json.loads((good / "config.json").read_text())
 
     def edited(**values):
@@ -62,8 +60,7 @@ def zoo(tmp_path_factory):
             "torn": whole[:len(whole) // 2],
             "malice": {**state, "policy": malice}, "spy": {**state, "reward_model": malice},
             "misfit": {**state, "reward_model": {"mean": torch.zeros(())}},
-            "short": {key: value for key, value in state.items() if key != "optimizer"},
-            "moments": {**state, "critic_optimizer": {**adam, "state": misshapen}}},
+            "short": {key: value for key, value in state.items() if key != "optimizer"}},
         "config.json": {
             "torn": b"{", "list": b"[]", "nested": b"[" * 200_000,
             "unknown": edited(no_such_option=1), "type": edited(lr="fast"), "nan": edited(lr=float("nan")),
@@ -109,7 +106,7 @@ COMMANDS = """
     rollout checkpoint-malice => checkpoint.pt ; rollout checkpoint-spy => checkpoint.pt
 """
 MORE_COMMANDS = """
-    --task ; --task '' => no task ; --algo trpo, => --algo ; --algo trpo,dqn => dqn ; --tensorboard 1 => 1
+    --task ; --task '' => no task ; --algo trpo, => --algo ; --algo trpo,dqn => dqn
     --out /proc/nowhere => /proc/nowhere ; --name file --overwrite => file
     --device cuda:77 => cuda:77 ; --device toaster => toaster ; --device meta => meta
     --block-size 12 => context ; --advantage grpo --group-size 1 => --group-size
@@ -123,7 +120,6 @@ MORE_COMMANDS = """
     --resume good --task mine.py --save-every 0 => --save-every
     --resume good --seeds 2 --task mine.py => --resume
     --resume checkpoint-short --task mine.py --iterations 3 => checkpoint-short
-    --resume checkpoint-moments --task mine.py --iterations 3 => checkpoint-moments
     --resume config-list => config-list ; --resume config-nested => config-nested
     --resume config-unknown => config-unknown
     --resume config-type --task mine.py --iterations 3 => --lr

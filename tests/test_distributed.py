@@ -229,7 +229,8 @@ def test_a_process_that_dies_ends_the_job_and_the_run_can_be_resumed(job):
     assert resumed.stdout.count("everything is in") == 1  # one process prints for all
     assert len(rows(folder / "whole")) == 4
     assert rows(folder / "cut") == rows(folder / "whole")
-    files = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "eval.csv", "samples.jsonl"}
+    files = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "eval.csv", "samples-0.jsonl",
+             "samples-4.jsonl"}
     for run in ("cut", "whole"):
         assert {path.name for path in (folder / run).iterdir()} == files
 

@@ -326,7 +326,7 @@ def test_a_run_reports_the_true_reward_and_never_trains_on_it(out):
     lengths = [row.pop("true_reward") for row in whole]
     assert "-7" not in lengths and whole == other
     figures = json.loads((out / "whole" / "result.json").read_text())["after"]
-    samples = [json.loads(line) for line in (out / "whole" / "samples.jsonl").read_text().splitlines()][-16:]
+    samples = [json.loads(line) for line in (out / "whole" / "samples-4.jsonl").read_text().splitlines()]
     assert figures["true_reward"] == pytest.approx(sum(len(s["completion"]) for s in samples) / 160)
 
 

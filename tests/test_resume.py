@@ -63,8 +63,9 @@ def outcome(run):
     states = [policy.state_dict(), reference.state_dict(), more["critic"]]
     states += [state for name in ("optimizer", "critic_optimizer") for state in more[name]["state"].values()]
     tensors = [tensor.tolist() for state in states for tensor in state.values()]
-    lines = [line for name in ("eval.csv", "samples.jsonl") for line in (run / name).read_text().splitlines()]
-    evaluations = [line for line in lines if int((re.search(r"\d+", line)[0])) in (0, 4, 8, 12)]
+    lines = (run / "eval.csv").read_text().splitlines()[1:]
+    evaluations = [line for line in lines if int(line.split(",")[0]) in (0, 4, 8, 12)]
+    evaluations += [(run / f"samples-{iteration}.jsonl").read_text() for iteration in (0, 4, 8, 12)]
     return rows(run), tensors, evaluations, result["after"]["reward"], len(more["history"])
 
 
