@@ -145,3 +145,4 @@ def from_group(relative):
 
 ADVANTAGES = {"gae": from_gae, "returns": from_returns,
               "rloo": from_group(leave_one_out), "grpo": from_group(group_normalize)}
+WITHOUT_CRITIC = ("returns", "rloo", "grpo")  # those that ignore the values

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from advantage import (ADVANTAGES, all_sum, discounted_returns, masked_mean, mean_and_variance, processes,
-                       token_rewards, whiten)
+from advantage import (ADVANTAGES, WITHOUT_CRITIC, all_sum, discounted_returns, masked_mean, mean_and_variance,
+                       processes, token_rewards, whiten)
 from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward, in_parts, kl_divergence,
                    log_probs, mean_gradient, ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
@@ -67,7 +67,7 @@ def option(default, help, low=None, high=1e9, choices=None):
 class Config:
     task: str = option("reviews", f"{', '.join(TASKS)}, or a Python file that defines a task")
     algo: str = option("trpo", f"{', '.join(ALGOS)}, or several, separated by commas, to compare")
-    advantage: str = option("gae", "advantage estimator", choices=tuple(ADVANTAGES))
+    advantage: str = option("gae", "advantage estimator", choices=ADVANTAGES)
     name: str = option("", "the run's directory in --out (default TASK-ALGO-SEED, TASK-ALGO-ADVANTAGE-SEED)")
     out: str = option("runs", "directory of all runs and of the pretrained weights")
     overwrite: bool = option(False, "replace the run of that name")
@@ -682,7 +682,7 @@ def train(config, resume=False):
         reward_model = learn_reward(task, policy, tokenizer, config, device)
     task = use_reward_model(task, reward_model, tokenizer)
     reference.requires_grad_(False)
-    critic = Critic(policy.config, policy).to(device) if config.advantage == "gae" else None
+    critic = None if config.advantage in WITHOUT_CRITIC else Critic(policy.config, policy).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     parts = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
@@ -827,6 +827,10 @@ def compare(runs, path):
     print(f"{path}.md" + (f", {path}.png" if drawn else "; with matplotlib installed, learning curves too"))
 
 
+# Of Okabe & Ito: told apart by the colour-blind and, the first three, in print without colour.
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+
 def plot(groups, path):
     """Learning curves with their 95% interval, and reward against KL, as a PNG. False without matplotlib.
 
@@ -837,8 +841,9 @@ def plot(groups, path):
     except ImportError:
         return False
     both = have_true_rewards(groups)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     learning, frontier = figure.subplots(1, 2, sharey=True)
+    learning.set_prop_cycle(color=COLOURS)
     for label, group in groups.items():
         over_seeds = lambda column: list(zip(*(metrics[column] for _, metrics in group)))
         means = lambda column: list(map(fmean, over_seeds(column)))
@@ -855,7 +860,7 @@ def plot(groups, path):
     frontier.set(xlabel="√KL to the reference of a text, √nats" if both else
                  "KL to the reference, nats per token")
     learning.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
     return True
 
 

@@ -111,13 +111,39 @@ def test_published_grpo_is_the_gradient_of_its_objective(monkeypatch):
     torch.testing.assert_close(policy.weight.detach() - logits, expected)
 
 
-def test_published_grpo_trains(tmp_path):
-    task = task_file(tmp_path)
-    options = [*TINY, *SMALL, "--algo", "grpo", "--out", tmp_path, "--task", task]
-    command = [sys.executable, EXAMPLES / "grpo.py", *map(str, options)]
-    done = subprocess.run(command, text=True, capture_output=True)
+def run_example(name, folder, *options):
+    options = [*TINY, *SMALL, "--out", folder, "--task", task_file(folder), *options]
+    done = subprocess.run([sys.executable, EXAMPLES / name, *map(str, options)], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_published_grpo_trains(tmp_path):
+    run_example("grpo.py", tmp_path, "--algo", "grpo")
     assert [math.isfinite(float(row["loss"])) for row in rows(tmp_path / "mine-grpo-0")] == [True, True]
+
+
+def test_an_algorithm_and_an_estimator_of_ones_own_are_compared_with_the_others(tmp_path):
+    printed = run_example("own.py", tmp_path, "--algo", "awr,trpo", "--advantage", "mean", "--seeds", 2)
+    assert "| mine-awr-mean | 2 |" in printed and "| mine-trpo-mean | 2 |" in printed
+    assert all("explained_variance" in row for row in rows(tmp_path / "mine-awr-mean-1"))  # it has a critic
+
+
+def test_advantage_weighted_regression_follows_its_gradient(monkeypatch):
+    monkeypatch.setattr(train, "ALGOS", {**train.ALGOS})
+    monkeypatch.setattr("advantage.ADVANTAGES", {**train.ADVANTAGES})
+    own = runpy.run_path(str(EXAMPLES / "own.py"))
+    logits = torch.zeros(1, 2, dtype=torch.float64)
+    policy = torch.nn.Embedding.from_pretrained(logits.clone(), freeze=False)
+    actions, mask = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[True, True], [True, False]])
+    rewards = torch.tensor([[-0.5, 2.0], [0.5, 99.0]], dtype=torch.float64)
+    advantages, targets = own["less_the_mean"](rewards, None, None, mask, None)
+    assert advantages.tolist() == [[0.5, 0.5], [-0.5, 0]] and targets.tolist() == [[1.5, 1.5], [0.5, 0]]
+    batch = Batch(torch.zeros_like(actions), actions, mask, advantages=advantages)
+    config = SimpleNamespace(temperature=1.0, micro_batch=1024, epochs=1, minibatches=1, max_grad_norm=1e9)
+    own["awr"](policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config)
+    up = (math.exp(-0.5) * 0.5) / 3  # of action 0: the two actions of the first episode cancel out
+    torch.testing.assert_close(policy.weight.detach(), torch.tensor([[up, -up]], dtype=torch.float64))
 
 
 def test_readme_shows_sorting_as_it_is():
