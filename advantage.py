@@ -28,6 +28,11 @@ def all_sum(x):
     return total + (x - x.detach()) if x.requires_grad else total  # total in value, x in gradient
 
 
+def batch_mean(x):
+    """The mean of x, of any shape, over the elements of all processes."""
+    return all_sum(x.sum()) / all_sum(torch.tensor(x.numel(), device=x.device))
+
+
 def masked_mean(x, mask):
     """The mean of x (B, T) over the actions of the batch."""
     return all_sum(x.masked_fill(~mask, 0).sum()) / all_sum(mask.sum())

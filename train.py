@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from advantage import (ADVANTAGES, WITHOUT_CRITIC, all_sum, discounted_returns, masked_mean, mean_and_variance,
-                       processes, token_rewards, whiten)
+from advantage import (ADVANTAGES, WITHOUT_CRITIC, batch_mean, discounted_returns, masked_mean,
+                       mean_and_variance, processes, token_rewards, whiten)
 from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward, in_parts, kl_divergence,
                    log_probs, mean_gradient, ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
@@ -424,7 +424,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     if config.whiten:
         advantages = whiten(advantages, mask)
     per_action = lambda x: masked_mean(x, mask).item()
-    per_episode = lambda x: all_sum(torch.tensor(fmean(x), device=mask.device)).item() / count
+    per_episode = lambda x: batch_mean(torch.tensor([*map(float, x)], device=mask.device)).item()
     stats = {"reward": per_episode(scores.tolist()), "kl": per_action(episodes.kl),
              "entropy": per_action(episodes.entropy),
              "length": per_episode([text.length for text in episodes.completions]),
@@ -561,9 +561,9 @@ def hold_out(comparisons, prompts, seed):
 
 def standardize(model, rewards):
     """Give a reward model other units, in which these rewards (of all processes) have mean 0, deviation 1."""
-    rewards = torch.tensor(rewards, device=model.mean.device)[:, None]
-    mean, variance = mean_and_variance(rewards, torch.ones_like(rewards, dtype=torch.bool))
-    std = variance.sqrt().clamp(min=1e-8)
+    rewards = torch.tensor(rewards, device=model.mean.device)
+    mean = batch_mean(rewards)
+    std = batch_mean((rewards - mean) ** 2).sqrt().clamp(min=1e-8)
     model.mean.copy_((model.mean - mean) / std)
     model.std.copy_(model.std / std)
 
@@ -605,9 +605,8 @@ def learn_reward(task, policy, tokenizer, config, device):
     print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on comparisons of a "
           "tenth of the prompts, held out of its fit")
     if annotated:
-        p = torch.tensor([p for *_, p in test], device=device)[:, None]  # of each decision
-        own = {"loss": -p.log(), "accuracy": 0.5 + 0.5 * (p - 0.5).sign()}
-        loss, accuracy = (masked_mean(x, torch.ones_like(x, dtype=torch.bool)) for x in own.values())
+        p = torch.tensor([p for *_, p in test], device=device)  # of each decision
+        loss, accuracy = batch_mean(-p.log()), batch_mean(0.5 + 0.5 * (p - 0.5).sign())
         print(f"the annotator's own probabilities: loss {loss:.3f}, accuracy {accuracy:.3f}")
 
     standardize(model, learned_reward(model, tokenizer)(prompts, texts))
