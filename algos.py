@@ -73,6 +73,11 @@ def in_parts(function, batch, config):
     return whole
 
 
+def means_in_parts(function, batch, config):
+    """{name: mean over the actions of the batch, all processes'}. function: as of `in_parts`."""
+    return {name: masked_mean(x, batch.mask).item() for name, x in in_parts(function, batch, config).items()}
+
+
 def mean_gradient(model, loss, batch, config, max_grad_norm):
     """Set the weights' grad to the gradient of the mean loss over the actions of the batch (all processes').
 
@@ -153,7 +158,7 @@ def mean_kl(old, policy, batch, config):
     def kl(part):
         old_logp, logp = (log_probs(p, part.obs, config.temperature) for p in (old, policy))  # (b, T, A)
         return {"kl": kl_divergence(old_logp, logp)}
-    return masked_mean(in_parts(kl, batch, config)["kl"], batch.mask).item()
+    return means_in_parts(kl, batch, config)["kl"]
 
 
 # First order.
@@ -245,8 +250,7 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
         for minibatch in minibatches(batch, 1, steps_in_a_pass, generator):
             mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
             optimizer.step()
-        found = in_parts(loss, heldout, config)
-        found = {name: masked_mean(x, heldout.mask).item() for name, x in found.items()}
+        found = means_in_parts(loss, heldout, config)
         if found["loss"] < best["loss"]:
             best, weights = found, copy.deepcopy(model.state_dict())
     check_finite(**best)
@@ -328,7 +332,7 @@ def line_search(evaluate, params, step, delta, backtracks=10):
             p.copy_(p0 + s)
         gain, kl = evaluate()
         if gain > 0 and kl <= delta:
-            return halvings, gain.item(), kl.item()
+            return halvings, gain, kl
     for p, p0 in zip(params, start):
         p.copy_(p0)
     return None
@@ -357,12 +361,10 @@ def trpo(policy, batch, optimizer, config, generator=None):
     params = [p for p in policy.parameters() if p.requires_grad]
     old = copy.deepcopy(policy)
 
-    def surrogate(part, logp):
-        ratio = (chosen(logp, part.actions) - part.logprobs).exp()  # 1 before the step, but for rounding
-        return ratio * part.advantages
-
     def loss(part):
-        return {"loss": -surrogate(part, log_probs(policy, part.obs, config.temperature))}
+        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
+        ratio = (chosen(logp, part.actions) - part.logprobs).exp()  # 1 before the step, but for rounding
+        return {"loss": -ratio * part.advantages}
 
     stats = mean_gradient(policy, loss, batch, config, max_grad_norm=math.inf)
     g = -flatten([p.grad for p in params])
@@ -373,14 +375,9 @@ def trpo(policy, batch, optimizer, config, generator=None):
     x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
     xFx = x @ (g - r)  # since (F + damping I) x = g - r
 
-    def compare(part):
-        old_logp, logp = (log_probs(p, part.obs, config.temperature) for p in (old, policy))  # (b, T, A)
-        return {"surrogate": surrogate(part, logp), "kl": kl_divergence(old_logp, logp)}
-
     def evaluate():
-        found = in_parts(compare, batch, config)
-        gain = masked_mean(found["surrogate"], batch.mask) + stats["loss"]  # the loss is minus the old one
-        return gain, masked_mean(found["kl"], batch.mask)
+        gain = stats["loss"] - means_in_parts(loss, batch, config)["loss"]
+        return gain, mean_kl(old, policy, batch, config)
 
     stats |= {"kl_update": 0.0, "accepted": 0, "halvings": 0, "gain": 0.0, "step_norm": 0.0,
               "cg_residual": 0.0}
