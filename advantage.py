@@ -17,15 +17,12 @@ def processes():
 
 
 def all_sum(x):
-    """The sum of x over all processes, the same bits on each.
-
-    Its gradient is that of this process's x alone; who takes a step sums the gradients, too.
-    """
-    if not dist.is_initialized():
-        return x
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total + (x - x.detach()) if x.requires_grad else total  # total in value, x in gradient
+    """The sum of x over all processes, the same bits on each. It has no gradient."""
+    total = x.detach()
+    if dist.is_initialized():
+        total = total.clone()
+        dist.all_reduce(total)
+    return total
 
 
 def batch_mean(x):
@@ -39,7 +36,7 @@ def masked_mean(x, mask):
 
 
 def mean_and_variance(x, mask):
-    """Those of x (B, T) over the actions of the batch."""
+    """The mean and the variance of x (B, T) over the actions of the batch."""
     mean = masked_mean(x, mask)
     return mean, masked_mean((x - mean) ** 2, mask)
 
@@ -48,8 +45,8 @@ def token_rewards(scores, mask, logprobs, ref_logprobs, kl_coef):
     """r_t = -β (log π(a_t|s_t) - log π_ref(a_t|s_t)) for each action, plus the score on the last one.
 
     scores: (B,), one per sequence.  mask: (B, T).  logprobs, ref_logprobs: (B, T), of the sampled actions.
-    kl_coef: β, in units of reward per nat.  Returns (B, T). A row sums to its score less β times its sampled
-    log-ratio, whose expectation is the KL: score - β KL(π‖π_ref).
+    kl_coef: β, in units of reward per nat.  Returns (B, T). A row sums to its score minus β times the
+    log-ratio of the sampled text, in expectation to score - β KL(π‖π_ref).
     Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", equation 2.
     """
     rewards = -kl_coef * (logprobs - ref_logprobs).masked_fill(~mask, 0)
@@ -74,7 +71,7 @@ def discounted_returns(rewards, mask, gamma):
 def gae(rewards, values, mask, gamma, lam, bootstrap=None):
     """Generalized advantage estimation: A_t = Σ_k (γλ)^k δ_{t+k}, with δ_t = r_t + γ V(s_{t+1}) - V(s_t).
 
-    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return less the baseline V. After the last action V is 0, also
+    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return minus the baseline V. After the last action V is 0, also
     where a text is cut at its longest length: its score is final, so that nothing follows.
     rewards, values, mask: (B, T), values the critic's V(s_t) before action t.  gamma, lam: in [0, 1].
     bootstrap: (B,) the value of the state after the last action, where a time limit interrupted an episode
@@ -95,7 +92,7 @@ def gae(rewards, values, mask, gamma, lam, bootstrap=None):
 
 
 def leave_one_out(scores, group_size):
-    """Each score less the mean of the others in its group: a baseline independent of the action, so no bias.
+    """Each score minus the mean of the others in its group: a baseline independent of the action, so no bias.
 
     scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2, samples per prompt.
     Returns (B,).  RLOO: Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics".
@@ -106,7 +103,7 @@ def leave_one_out(scores, group_size):
 
 
 def group_normalize(scores, group_size, eps=1e-4):
-    """Each score less its group's mean, divided by its group's standard deviation.
+    """Each score minus its group's mean, divided by its group's standard deviation.
 
     scores: (B,), the samples of one prompt side by side.  group_size: K ≥ 2, samples per prompt.
     Returns (B,), close to zero in a group of equal scores.
@@ -142,7 +139,7 @@ def from_group(relative):
     gamma and lam play no part.
     """
     def estimate(rewards, scores, values, mask, config):
-        totals = rewards.masked_fill(~mask, 0).sum(1)  # (B,) score less KL penalty
+        totals = rewards.masked_fill(~mask, 0).sum(1)  # (B,) score minus KL penalty
         penalties = leave_one_out(totals - scores, config.group_size)
         return (relative(scores, config.group_size) + penalties)[:, None] * mask, totals[:, None] * mask
     return estimate

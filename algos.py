@@ -1,8 +1,8 @@
 """REINFORCE, PPO and TRPO, and the fits of the critic and of a reward model.
 
 A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). Nothing
-here knows that the actions are tokens. A loss is written for each action of a part of the batch;
-`mean_gradient` takes its mean over the actions of the whole batch.
+here knows that the actions are tokens. A loss is a number for each action of a part of the batch;
+`mean_gradient` differentiates its mean over the actions of the whole batch.
 
 `config` needs micro_batch; policies: temperature; all but trpo: max_grad_norm; ppo: clip, epochs,
 minibatches, target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs,
@@ -10,7 +10,6 @@ minibatches; fit_reward: reward_steps.
 """
 
 import copy
-import functools
 import math
 from dataclasses import dataclass
 from statistics import fmean
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from advantage import all_sum, masked_mean, mean_and_variance, processes
+from advantage import all_sum, masked_mean, mean_and_variance
 
 
 @dataclass
@@ -93,9 +92,8 @@ def mean_gradient(model, loss, batch, config, max_grad_norm):
         shares = {name: x.masked_fill(~part.mask, 0).sum() / n_actions for name, x in loss(part).items()}
         shares["loss"].backward()  # adds to grad
         stats = {name: stats.get(name, 0) + share.detach() for name, share in shares.items()}
-    if processes()[1] > 1:
-        for p, total in zip(params, unflatten(all_sum(flatten([p.grad for p in params])), params)):
-            p.grad.copy_(total)
+    for p in params:
+        p.grad = all_sum(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
     stats = dict(zip(stats, all_sum(torch.stack(list(stats.values()))).tolist()))  # one sum, one copy
     check_finite(loss=stats["loss"], norm_of_the_gradient=norm)
@@ -338,16 +336,6 @@ def line_search(evaluate, params, step, delta, backtracks=10):
     return None
 
 
-def full_precision(update):
-    """The update with torch.autocast off: a curvature needs more bits than bfloat16 has."""
-    @functools.wraps(update)
-    def without_autocast(policy, batch, *args, **kwargs):
-        with torch.autocast(batch.mask.device.type, enabled=False):
-            return update(policy, batch, *args, **kwargs)
-    return without_autocast
-
-
-@full_precision
 def trpo(policy, batch, optimizer, config, generator=None):
     """The largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
 

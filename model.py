@@ -136,8 +136,7 @@ class GPT(nn.Module):
     """The policy. tokens (B, T) int64 -> logits (B, T, V); column t scores the token after tokens[:, :t+1].
 
     With a cache from `kv_cache`, tokens are only the new ones, and logits (B, 1, V) only those of the last.
-    The output head is the token embedding (tied). Logits have the precision of the weights, also under
-    torch.autocast. Raises ValueError for more than block_size tokens.
+    The output head is the token embedding (tied). Raises ValueError for more than block_size tokens.
     """
 
     def __init__(self, config, generator=None):
@@ -147,7 +146,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens, cache=None):
         embedding, x = self.transformer.wte.weight, self.transformer(tokens, cache)  # (V, C), (B, T, C)
-        return F.linear(x[:, -1:] if cache else x, embedding).to(embedding.dtype)
+        return F.linear(x[:, -1:] if cache else x, embedding)
 
     def kv_cache(self, max_length):
         """An empty cache for sequences of at most max_length tokens: one KVCache per layer."""
@@ -176,8 +175,7 @@ class Critic(nn.Module):
             self.transformer.load_state_dict(policy.transformer.state_dict())
 
     def forward(self, tokens):
-        deviation = self.value_head(self.transformer(tokens)).to(self.std.dtype).squeeze(-1)
-        return self.mean + self.std * deviation
+        return self.mean + self.std * self.value_head(self.transformer(tokens)).squeeze(-1)
 
     def at_end(self, tokens):
         """(B,) the value at the last token of each row: of a whole text. tokens: (B, T), padded with -100."""

@@ -188,19 +188,16 @@ def annotate(annotator, prompts, first, second, rng):
     """Let an annotator compare first and second, two completions of each prompt. rng: a random.Random.
 
     annotator: (prompt, first, second) -> the probability that the first is preferred, by which it is drawn.
-    Returns [(prompt, better, worse, probability of this decision)], without pairs of equal texts.
-    Raises BadTask for what is no probability.
+    Returns [(prompt, better, worse)], without pairs of equal texts. Raises BadTask for what is no probability.
     """
-    def preferences(prompt, pair):
-        return annotator(prompt, *pair)
-
-    comparisons, pairs = [], list(zip(first, second))
-    for prompt, (a, b), p in zip(prompts, pairs, score(preferences, prompts, pairs)):
+    comparisons = []
+    for prompt, a, b in zip(prompts, first, second):
+        p = float(annotator(prompt, a, b))
         if not 0 <= p <= 1:
             raise BadTask(f"preferences returned {p} for {prompt!r}, {a!r} and {b!r}: return a probability")
-        decision = (a, b, p) if rng.random() < p else (b, a, 1 - p)
+        better, worse = (a, b) if rng.random() < p else (b, a)
         if a != b:
-            comparisons.append((prompt, *decision))
+            comparisons.append((prompt, better, worse))
     return comparisons
 
 

@@ -19,6 +19,7 @@ import tiktoken
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from advantage import processes
 from model import GPT, BadInput, Critic, GPTConfig, load_gpt2, save_gpt2
 from reward import Text, batched
 
@@ -264,8 +265,10 @@ def learned_reward(model, tokenizer):
 def write_atomically(path, write):
     """write(file) beside path, then rename: readers find the old file or the whole new one.
 
-    Raises BadInput where there is no room or no permission.
+    Of several processes only the first writes. Raises BadInput where there is no room or no permission.
     """
+    if processes()[0] > 0:
+        return
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,8 +306,6 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
         if tokenizer.vocab_size != config.vocab_size or config.n_layer > len(weights):
             raise ValueError("the sizes of the model do not fit its tokenizer or weights")
-        if not math.isfinite(state.get("config", {}).get("temperature", 1.0)):
-            raise ValueError("the temperature is not finite")
         policy, reference = GPT(config), GPT(config)
         policy.load_state_dict(weights)
         reference.load_state_dict(state.pop("reference", weights))

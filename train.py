@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import shlex
 import sys
 import time
 import zlib
@@ -34,8 +33,8 @@ from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward,
                    log_probs, mean_gradient, ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
 from reward import TASKS, BadTask, Text, annotate, distinct_n, load_task, score
-from rollout import (Rollout, Tokenizer, check_fit, is_gpt2, learned_reward, load_checkpoint, load_weights,
-                     sample, save_checkpoint, whole_texts, write_atomically)
+from rollout import (Tokenizer, check_fit, is_gpt2, learned_reward, load_checkpoint, load_weights, sample,
+                     save_checkpoint, whole_texts, write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
@@ -74,7 +73,6 @@ class Config:
     seed: int = option(0, "seed of RL", 0)
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0, 1024)
-    dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
     micro_batch: int = option(1024, "most tokens worked on at once: memory and time, the same results", 1)
     # the model and its pretraining
     init: str = option("", "initial weights: a run, a checkpoint, a GPT-2's directory, or gpt2 (a download)")
@@ -123,7 +121,7 @@ class Config:
 INHERITED = ("tokenizer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 # The options that make sense beside --resume, --eval and --plot.
 TAKES = {"resume": ("task", "iterations", "eval_every", "save_every", "device", "threads", "micro_batch"),
-         "eval": ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads", "dtype",
+         "eval": ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads",
                   "micro_batch"),
          "plot": ("out", "name")}
 
@@ -171,7 +169,7 @@ def parse(argv):
             other_task = Path(config.task).name != Path(Config(**defaults).task).name
         except (OSError, ValueError, TypeError, RecursionError) as e:
             parser.error(f"{run} is not a run ({type(e).__name__}): give its directory, as in runs/NAME")
-        if config.task not in TASKS and "task" not in given:  # a file decides nothing about what is executed
+        if config.task not in TASKS and "task" not in given:  # config.json must not choose what is executed
             parser.error(f"{run} uses a task file: add --task {config.task} to execute it")
         if args.resume and other_task:
             parser.error(f"{run} was trained on another task than {config.task}: --resume keeps the task")
@@ -204,9 +202,6 @@ def check(config, parser):
     """parser.error, which exits with status 2, for values that are out of range or contradict each other."""
     for f in fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        choices, types = f.metadata["choices"], (int, float) if f.type is float else f.type
-        if not isinstance(value, types) or choices and value not in choices:
-            parser.error(f"{flag(f.name)} cannot be {value!r}")
         if low is not None and not low <= value <= high:
             parser.error(f"{flag(f.name)} must be from {low:g} to {high:g}, not {value}")
     c = config
@@ -215,13 +210,16 @@ def check(config, parser):
             parser.error(f"there is no --algo {algo!r}: choose from {', '.join(ALGOS)}")
     if c.n_embd % c.n_head:
         parser.error(f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
-    if c.batch_size % c.group_size:
-        parser.error(f"--batch-size {c.batch_size} must be a multiple of --group-size {c.group_size}")
-    if c.batch_size < c.minibatches:
-        parser.error(f"--batch-size {c.batch_size} must be at least --minibatches {c.minibatches}")
+    count = int(os.environ.get("WORLD_SIZE", 1))  # processes
+    if c.batch_size % (count * c.group_size):
+        parser.error(f"--batch-size {c.batch_size} must be a multiple of --group-size {c.group_size}, times "
+                     f"the number of processes, {count}")
+    if c.batch_size < count * c.minibatches or c.pretrain_batch < count:
+        parser.error(f"--batch-size {c.batch_size} must be at least --minibatches {c.minibatches} times the "
+                     f"number of processes, {count}, and --pretrain-batch at least that number")
     if c.advantage in ("rloo", "grpo") and c.group_size < 2:
         parser.error(f"--advantage {c.advantage} needs --group-size 2 or more, to compare within a prompt")
-    if c.name and Path(c.name).name != c.name or c.name in ("..", "pretrained"):
+    if c.name and Path(c.name).name != c.name or c.name in ("..", "pretrained") or len(c.name) > 200:
         parser.error(f"--name {c.name} must be a plain name, not pretrained: the directory above it is --out")
 
 
@@ -240,19 +238,7 @@ def set_up(config):
         torch.cuda.set_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-    count = processes()[1]
-    if config.batch_size % (count * config.group_size):
-        raise BadInput(f"--batch-size must be a multiple of {count} processes times --group-size")
-    if config.batch_size < count * config.minibatches or config.pretrain_batch < count:
-        raise BadInput(f"--batch-size must be at least {count} processes times --minibatches, and "
-                       f"--pretrain-batch at least {count}")
     return torch.device(name)
-
-
-def mixed(config, device):
-    """Within it matrix products run in --dtype; weights, optimizers and all after the logits are float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16",
-                          cache_enabled=False)  # no casts are kept: the weights change within
 
 
 # Pretraining.
@@ -269,13 +255,12 @@ def pretrained(config, task, device):
         vars(config).update(asdict(policy.config), tokenizer=tokenizer.name)
         if not config.pretrain_steps:
             return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
-    relevant = ("pretrain_seed", "pretrain_steps", "pretrain_batch", "pretrain_lr", "dtype", *INHERITED)
+    relevant = ("pretrain_seed", "pretrain_steps", "pretrain_batch", "pretrain_lr", *INHERITED)
     key = hashlib.sha256(json.dumps([task.corpus, *(getattr(config, name) for name in relevant)]).encode())
     if policy:
         for tensor in policy.state_dict().values():
             key.update(tensor.cpu().numpy())
-    folder, digest = Path(config.out) / "pretrained", key.hexdigest()[:12]
-    path = next(folder.glob(f"*-{digest}.pt"), folder / f"{Path(config.task).stem}-{digest}.pt")
+    path = Path(config.out) / "pretrained" / f"{key.hexdigest()[:12]}.pt"
     if path.exists():
         policy, _, tokenizer, more = load_checkpoint(path, device)
         print(f"pretrained weights from {path}")
@@ -299,8 +284,7 @@ def pretrained(config, task, device):
     maximize_likelihood(policy, rows[~held_out], config, generator)
     figures = {"bits_per_byte": bits_per_byte(policy, rows[held_out], tokenizer, config),
                "seconds": time.perf_counter() - start}
-    if processes()[0] == 0:
-        save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=figures)
+    save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=figures)
     print(f"pretrained weights to {path}: {figures['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, figures
 
@@ -351,9 +335,8 @@ def maximize_likelihood(policy, rows, config, generator):
         batch = batches.pop(0)
         texts = as_batch(rows[batch.tensor_split(count)[rank]], device)  # this process's share
         weight = lengths[batch].sum().item() / mean_tokens
-        with mixed(config, device):
-            loss = mean_gradient(policy, lambda part: {"loss": weight * nll(policy, part)}, texts, config,
-                                 max_grad_norm=1.0)["loss"]
+        loss = mean_gradient(policy, lambda part: {"loss": weight * nll(policy, part)}, texts, config,
+                             max_grad_norm=1.0)["loss"]
         optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / 50, 1 - step / (steps + 1))
         optimizer.step()
         nats, tokens = nats + loss * mean_tokens, tokens + lengths[batch].sum().item()
@@ -365,84 +348,73 @@ def maximize_likelihood(policy, rows, config, generator):
 
 # Episodes.
 
-@dataclass
-class Episodes:
-    """Completed prompts, and how the policy compares with the reference at each of their T actions."""
-
-    rollout: Rollout
-    completions: list[Text]  # B of them, as a reward gets them
-    ref_logprobs: torch.Tensor  # (B, T) log π_ref(a_t|s_t)
-    kl: torch.Tensor  # (B, T) exact KL(π‖π_ref) at s_t
-    entropy: torch.Tensor  # (B, T) of π(·|s_t)
-
-
 @torch.no_grad()
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """Let the policy complete the prompts, and compare it with the reference. Returns Episodes.
+    """Let the policy complete the prompts, and compare it with the reference.
 
     temperature: of sampling, 0 is greedy. The reference is taken at the temperature of training.
+    Returns a Batch without scores, values and advantages; the completions, a Text each; and (B, T) each the
+    exact KL(π‖π_ref) and the entropy of π(·|s_t).
     """
     def compare(part):
         logp, ref_logp = (log_probs(p, part.obs, config.temperature) for p in (policy, reference))  # (b, T, V)
         return {"ref_logprobs": chosen(ref_logp, part.actions), "kl": kl_divergence(logp, ref_logp),
                 "entropy": entropy(logp)}
 
-    with mixed(config, next(policy.parameters()).device):
-        rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
-                         tokenizer.eos_token, temperature, generator)
-        actions, mask = rollout.tokens[:, 1:], rollout.mask  # (B, T)
-        found = in_parts(compare, Batch(rollout.tokens[:, :-1], actions, mask), config)
+    rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
+                     tokenizer.eos_token, temperature, generator)
+    obs, actions, mask = rollout.tokens[:, :-1], rollout.tokens[:, 1:], rollout.mask  # (B, T)
+    batch = Batch(obs, actions, mask, rollout.logprobs)
+    found = in_parts(compare, batch, config)
+    batch.ref_logprobs = found["ref_logprobs"]
     length, ended = mask.sum(1), (mask & (actions == tokenizer.eos_token)).any(1)  # (B,)
-    fluency = found["ref_logprobs"].masked_fill(~mask, 0).sum(1) / length
+    fluency = batch.ref_logprobs.masked_fill(~mask, 0).sum(1) / length
     columns = zip(rollout.completions(tokenizer), length.tolist(), ended.tolist(), fluency.tolist())
     completions = [Text(text, length=n, ended=e, fluency=f) for text, n, e, f in columns]
-    return Episodes(rollout, completions, **found)
+    return batch, completions, found["kl"], found["entropy"]
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
     """Sample this process's share of an iteration's episodes and judge them. Returns a Batch and statistics.
 
-    The statistics are over the episodes of all processes.
+    The statistics are over the episodes of all processes. The critic then predicts in units of these returns.
     """
     count = processes()[1]
     n = config.batch_size // config.group_size // count
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
-    episodes = run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
-                            generators["sample"])
-    rollout, mask = episodes.rollout, episodes.rollout.mask
-    obs, actions = rollout.tokens[:, :-1], rollout.tokens[:, 1:]  # (B, T)
-    scores = torch.tensor(score(task.reward, prompts, episodes.completions), device=mask.device)  # (B,)
-    rewards = token_rewards(scores, mask, rollout.logprobs, episodes.ref_logprobs, config.kl_coef)
-    values = torch.zeros_like(rewards)
+    batch, completions, kl, H = run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
+                                             generators["sample"])
+    mask = batch.mask
+    batch.scores = torch.tensor(score(task.reward, prompts, completions), device=mask.device)  # (B,)
+    rewards = token_rewards(batch.scores, mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)  # (B, T)
+    batch.values = torch.zeros_like(rewards)
     if critic:  # of a new critic every value becomes the mean return; those of a fitted one stay
         mean, variance = mean_and_variance(discounted_returns(rewards, mask, config.gamma), mask)
         critic.set_units(mean, variance.sqrt())
-        value = lambda part: {"values": critic(part.obs)}
-        values = in_parts(value, Batch(obs, actions, mask), config)["values"]
-    advantages, returns = ADVANTAGES[config.advantage](rewards, scores, values, mask, config)
+        batch.values = in_parts(lambda part: {"values": critic(part.obs)}, batch, config)["values"]
+    batch.advantages, batch.returns = ADVANTAGES[config.advantage](rewards, batch.scores, batch.values, mask,
+                                                                   config)
     if config.whiten:
-        advantages = whiten(advantages, mask)
+        batch.advantages = whiten(batch.advantages, mask)
     per_action = lambda x: masked_mean(x, mask).item()
-    per_episode = lambda x: batch_mean(torch.tensor([*map(float, x)], device=mask.device)).item()
-    stats = {"reward": per_episode(scores.tolist()), "kl": per_action(episodes.kl),
-             "entropy": per_action(episodes.entropy),
-             "length": per_episode([text.length for text in episodes.completions]),
-             "ended": per_episode([text.ended for text in episodes.completions])}
+    per_episode = lambda x: batch_mean(torch.as_tensor(x, dtype=torch.float32, device=mask.device)).item()
+    stats = {"reward": per_episode(batch.scores), "kl": per_action(kl), "entropy": per_action(H),
+             "length": per_episode([text.length for text in completions]),
+             "ended": per_episode([text.ended for text in completions])}
     if task.true_reward:
-        stats["true_reward"] = per_episode(score(task.true_reward, prompts, episodes.completions))
+        stats["true_reward"] = per_episode(score(task.true_reward, prompts, completions))
     if config.advantage in ("rloo", "grpo"):
-        groups = scores.view(-1, config.group_size)
-        stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1).tolist())
-    return Batch(obs, actions, mask, rollout.logprobs, advantages, returns, values, episodes.ref_logprobs,
-                 scores), stats
+        groups = batch.scores.view(-1, config.group_size)
+        stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1))
+    return batch, stats
 
 
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """(prompts, Episodes) of --batch-size prompts at a time."""
+    """(prompts, *what `run_episodes` returns) of --batch-size prompts at a time."""
     for start in range(0, len(prompts), config.batch_size):
-        part = prompts[start:start + config.batch_size]
-        yield part, run_episodes(policy, reference, part, tokenizer, config, temperature, generator)
+        some = prompts[start:start + config.batch_size]
+        yield some, *run_episodes(policy, reference, some, tokenizer, config, temperature, generator)
 
 
 def evaluate(task, policy, reference, tokenizer, config):
@@ -456,23 +428,23 @@ def evaluate(task, policy, reference, tokenizer, config):
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
     judges = {"reward": task.reward, "true_reward": task.true_reward, "metric": task.metric}
-    judged, texts, kl, H, greedy = {name: [] for name in judges if judges[name]}, [], [], [], []
+    judged, texts, kls, entropies, greedy = {name: [] for name in judges if judges[name]}, [], [], [], []
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
-    for part, episodes in complete(policy, reference, prompts, tokenizer, config, config.temperature,
-                                   generator):
-        texts += episodes.completions
+    for some, batch, completions, kl, H in complete(policy, reference, prompts, tokenizer, config,
+                                                    config.temperature, generator):
+        texts += completions
         for name, numbers in judged.items():
-            numbers += score(judges[name], part, episodes.completions)
-        kl.append(episodes.kl[episodes.rollout.mask])
-        H.append(episodes.entropy[episodes.rollout.mask])
-    for part, episodes in complete(policy, reference, task.heldout, tokenizer, config, 0, generator):
-        greedy += score(task.metric, part, episodes.completions)
+            numbers += score(judges[name], some, completions)
+        kls.append(kl[batch.mask])
+        entropies.append(H[batch.mask])
+    for some, _, completions, *_ in complete(policy, reference, task.heldout, tokenizer, config, 0, generator):
+        greedy += score(task.metric, some, completions)
     n = min(len(task.heldout), len(prompts))  # prompt i is completed in rows i, i + n, i + 2n, …
     _, half = interval([fmean(judged["reward"][i::n]) for i in range(n)])
     figures = {
         "reward": fmean(judged["reward"]), "reward_ci": half,  # first, then the others
         **{name: fmean(numbers) for name, numbers in judged.items()}, "greedy": fmean(greedy),
-        "kl": torch.cat(kl).mean().item(), "entropy": torch.cat(H).mean().item(),
+        "kl": torch.cat(kls).mean().item(), "entropy": torch.cat(entropies).mean().item(),
         "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
         "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}
     samples = [{"prompt": prompt, "completion": text, **dict(zip(judged, numbers))}
@@ -530,25 +502,12 @@ def print_iteration(history, iterations, warned):
 # A reward learned from comparisons.
 
 def to_batch(comparisons, tokenizer, block_size, device):
-    """Comparisons [(prompt, better, worse, …)] as a Batch for `fit_reward`."""
-    prompts, better, worse, *_ = zip(*comparisons)
+    """Comparisons [(prompt, better, worse)] as a Batch for `fit_reward`."""
+    prompts, better, worse = zip(*comparisons)
     tokens = whole_texts(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
     obs = torch.stack(tokens.chunk(2), -1)  # (N, T, 2)
     end = (obs >= 0).any(-1).sum(1, keepdim=True) - 1  # (N, 1) the last column of the longer text
     return Batch(obs, None, mask=torch.arange(obs.shape[1], device=device) == end)
-
-
-def choose_comparisons(task, tokenizer, config, block_size):
-    """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
-    n = min(config.comparisons, len(task.preferences))
-    chosen = random.Random(config.seed).sample(task.preferences, n)
-    check_fit({prompt for prompt, *_ in chosen}, tokenizer, 1, block_size)
-    for prompt, *two in chosen:
-        n = len(tokenizer.encode(prompt)) + max(len(tokenizer.encode(text)) for text in two) + 1
-        if n > block_size:
-            raise BadInput(f"a preference for the prompt {prompt!r} has {n} tokens, its end included, which "
-                           f"exceed the context of {block_size}: shorten it, or give a larger --block-size")
-    return chosen
 
 
 def hold_out(comparisons, prompts, seed):
@@ -560,7 +519,7 @@ def hold_out(comparisons, prompts, seed):
 
 
 def standardize(model, rewards):
-    """Give a reward model other units, in which these rewards (of all processes) have mean 0, deviation 1."""
+    """Rescale a reward model so that these rewards (of all processes) get mean 0 and standard deviation 1."""
     rewards = torch.tensor(rewards, device=model.mean.device)
     mean = batch_mean(rewards)
     std = batch_mean((rewards - mean) ** 2).sqrt().clamp(min=1e-8)
@@ -584,14 +543,19 @@ def learn_reward(task, policy, tokenizer, config, device):
     print(f"reward model: two completions of {n * count} prompts", flush=True)
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
-    texts = [text for _, episodes in complete(policy, policy, prompts, tokenizer, config, config.temperature,
-                                              generators["sample"]) for text in episodes.completions]
+    texts = [text for _, _, completions, *_ in complete(policy, policy, prompts, tokenizer, config,
+                                                        config.temperature, generators["sample"])
+             for text in completions]
     if annotated:
         comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
                                random.Random(f"{config.seed} {rank}"))
         fitted, test = hold_out(comparisons, task.prompts, config.seed)
     else:
-        comparisons = choose_comparisons(task, tokenizer, config, block_size)
+        comparisons = random.Random(config.seed).sample(
+            task.preferences, min(config.comparisons, len(task.preferences)))
+        for prompt, *pair in comparisons:
+            longest = max(len(tokenizer.encode(text)) for text in pair)
+            check_fit([prompt], tokenizer, longest + 1, block_size)
         fitted, test = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
         fitted, test = fitted[rank::count], test[rank::count]  # this process's share
     if not (fitted and test):
@@ -600,15 +564,9 @@ def learn_reward(task, policy, tokenizer, config, device):
     model = Critic(policy.config, policy).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
     batches = [to_batch(part, tokenizer, block_size, device) for part in (fitted, test)]
-    with mixed(config, device):
-        found = fit_reward(model, *batches, optimizer, config, generators["update"])
+    found = fit_reward(model, *batches, optimizer, config, generators["update"])
     print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on comparisons of a "
           "tenth of the prompts, held out of its fit")
-    if annotated:
-        p = torch.tensor([p for *_, p in test], device=device)  # of each decision
-        loss, accuracy = batch_mean(-p.log()), batch_mean(0.5 + 0.5 * (p - 0.5).sign())
-        print(f"the annotator's own probabilities: loss {loss:.3f}, accuracy {accuracy:.3f}")
-
     standardize(model, learned_reward(model, tokenizer)(prompts, texts))
     return model.requires_grad_(False)
 
@@ -630,16 +588,11 @@ def write_json(path, data):
 
 
 def write_table(path, rows):
-    """Write rows, dicts of numbers with the same keys, as CSV."""
-    lines = [rows[0].keys(), *([f"{value:.6g}" for value in row.values()] for row in rows)]
+    """Write rows, dicts of numbers, as CSV with a column for each key."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([f"{row.get(name, math.nan):.6g}" for name in names] for row in rows)]
     text = "".join(",".join(line) + "\n" for line in lines)
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def files_of(run):
-    """What a run has written, but for config.json; the checkpoint is first."""
-    names = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
-    return [file for name in names for file in run.glob(name)]
 
 
 def random_generators(seed, iteration, device):
@@ -650,15 +603,15 @@ def random_generators(seed, iteration, device):
             for purpose in ("prompts", "sample", "update")}
 
 
-def restore(parts, saved, path):
-    """Load the saved states of networks and optimizers, {name: part or None}.
+def restore(states, saved, path):
+    """Load the saved states of networks and optimizers, {name: module or None}.
 
     Returns the history, the evaluations and the figures of pretraining. Raises BadInput.
     """
     try:
-        for name, part in parts.items():
-            if part:
-                part.load_state_dict(saved[name])
+        for name, module in states.items():
+            if module:
+                module.load_state_dict(saved[name])
         return list(saved["history"]), dict(saved["evaluations"]), dict(saved["pretraining"])
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
@@ -669,7 +622,7 @@ def train(config, resume=False):
     device, (rank, count) = set_up(config), processes()
     run = Path(config.out) / config.name
     checkpoint, result = run / "checkpoint.pt", run / "result.json"
-    if rank == 0 and not (resume or config.overwrite) and files_of(run):
+    if rank == 0 and not (resume or config.overwrite) and (checkpoint.exists() or result.exists()):
         raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
     task, warned = load_task(config.task, config.pretrain_seed), set()
     if resume:
@@ -684,33 +637,32 @@ def train(config, resume=False):
     critic = None if config.advantage in WITHOUT_CRITIC else Critic(policy.config, policy).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
-    parts = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
+    states = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
     history, evaluations = [], {}  # the rows of metrics.csv; those of eval.csv by iteration
     if resume:
-        history, evaluations, pretraining = restore(parts, saved, checkpoint)
+        history, evaluations, pretraining = restore(states, saved, checkpoint)
         if config.iterations < len(history) or config.iterations == len(history) and result.exists():
             raise BadInput(f"{run} has done {len(history)} iterations: give more --iterations")
     before, samples_before = evaluate(task, reference, reference, tokenizer, config)
 
     def save():
-        if rank == 0:
-            saved_parts = {**parts, "reward_model": reward_model}
-            states = {name: part.state_dict() for name, part in saved_parts.items() if part}
-            save_checkpoint(checkpoint, policy, tokenizer, reference=reference.state_dict(), **states,
-                            config=asdict(config), pretraining=pretraining, history=history,
-                            evaluations=evaluations)
+        modules = {**states, "reference": reference, "reward_model": reward_model}
+        save_checkpoint(checkpoint, policy, tokenizer, config=asdict(config), pretraining=pretraining,
+                        history=history, evaluations=evaluations,
+                        **{name: module.state_dict() for name, module in modules.items() if module})
 
     def log_evaluation(iteration, figures, samples):
         evaluations[iteration] = {"iteration": iteration, **figures}
-        if rank == 0:
-            write_table(run / "eval.csv", [*evaluations.values()])
-            lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-            write_atomically(run / f"samples-{iteration}.jsonl", lambda file: file.write(lines.encode()))
+        write_table(run / "eval.csv", [*evaluations.values()])
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        write_atomically(run / f"samples-{iteration}.jsonl", lambda file: file.write(lines.encode()))
 
     if rank == 0:
-        for file in [result] * result.exists() if resume else files_of(run):
-            file.unlink()
-        write_json(run / "config.json", asdict(config))
+        stale = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
+        for pattern in stale[1:2] if resume else stale:
+            for file in run.glob(pattern):
+                file.unlink()
+    write_json(run / "config.json", asdict(config))
     save()
     log_evaluation(0, before, samples_before)
     size = sum(p.numel() for p in policy.parameters())
@@ -720,15 +672,13 @@ def train(config, resume=False):
     for iteration in range(len(history) + 1, config.iterations + 1):
         start, generators = time.perf_counter(), random_generators(config.seed, iteration, device)
         batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
-        with mixed(config, device):
-            stats |= ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
-            if critic:
-                stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
+        stats |= ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
+        if critic:
+            stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
         weights = sum(p.detach().sum() for model in (policy, critic) if model for p in model.parameters())
-        check_finite(**stats, sum_of_the_weights=weights.item())  # which one weight that is NaN makes NaN
+        check_finite(**stats, sum_of_the_weights=weights.item())  # NaN if any weight is
         history.append({"iteration": iteration, **stats, "seconds": time.perf_counter() - start})
-        if rank == 0:
-            write_table(run / "metrics.csv", history)
+        write_table(run / "metrics.csv", history)
         print_iteration(history, config.iterations, warned)
         if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
             figures, samples = evaluate(task, policy, reference, tokenizer, config)
@@ -741,10 +691,9 @@ def train(config, resume=False):
     log_evaluation(len(history), after, samples_after)
     save()
     seconds = sum(row["seconds"] for row in history)
-    if rank == 0:
-        write_json(result, {"metric": metric_name(task), "before": before, "after": after, "seconds": seconds,
-                            "pretraining": pretraining, "processes": count,
-                            "threads": torch.get_num_threads(), "torch": torch.__version__})
+    write_json(result, {"metric": metric_name(task), "before": before, "after": after, "seconds": seconds,
+                        "pretraining": pretraining, "processes": count, "threads": torch.get_num_threads(),
+                        "torch": torch.__version__})
     print_completions(samples_before, samples_after)
     print_figures(task, before=before, after=after)
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
@@ -917,7 +866,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    (config, args), start = parse(argv), time.time()
+    config, args = parse(argv)
     run = Path(config.out) / config.name
     try:
         if args.plot:
@@ -940,13 +889,8 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        command, checkpoint = "the same command again", run / "checkpoint.pt"
-        if is_comparison(config, args):
-            command += " without --overwrite" * config.overwrite
-        elif checkpoint.exists() and (args.resume or checkpoint.stat().st_mtime > start):  # it is of this run
-            task = [] if config.task in TASKS else ["--task", config.task]
-            command = shlex.join(["python", "train.py", "--resume", str(run), *task])
-        print(f"\ninterrupted: to continue, give {command}", file=sys.stderr)
+        print(f"\ninterrupted: --resume {run} continues a run after its last checkpoint; before its first, or "
+              "for several runs, give the same command again, without --overwrite", file=sys.stderr)
         return 130
 
 

@@ -651,19 +651,6 @@ def test_frozen_weights_stay(policy):
     assert torch.equal(frozen, before)
 
 
-def test_trpo_computes_in_full_precision_under_autocast(policy):
-    policy = policy.float()
-    batch = make_batch(policy)
-    batch.advantages = batch.advantages.float()
-    expected, stats = move(trpo, policy, batch)
-    logits = policy(batch.obs)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not torch.equal(policy(batch.obs), logits)
-        step, autocast_stats = move(trpo, policy, batch)
-    assert torch.equal(step, expected)
-    assert autocast_stats == stats
-
-
 # What sets the natural gradient apart.
 
 class Coordinates(torch.nn.Module):

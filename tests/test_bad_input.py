@@ -63,8 +63,8 @@ def zoo(tmp_path_factory):
             "short": {key: value for key, value in state.items() if key != "optimizer"}},
         "config.json": {
             "torn": b"{", "list": b"[]", "nested": b"[" * 200_000,
-            "unknown": edited(no_such_option=1), "type": edited(lr="fast"), "nan": edited(lr=float("nan")),
-            "choice": edited(dtype="float64"), "range": edited(gamma=7.0)},
+            "unknown": edited(no_such_option=1), "nan": edited(lr=float("nan")),
+            "range": edited(gamma=7.0)},
         "result.json": {"torn": b"{", "noise": b"\xff\xfe\x00", "void": b"{}"},
         "metrics.csv": {"empty": b"", "words": b"iteration,reward\n1,one\n",
                         "torn": b"iteration,reward,kl\n1,2\n"}}
@@ -90,7 +90,7 @@ def zoo(tmp_path_factory):
 # run follow the options of a tiny one on mine.py.
 COMMANDS = """
     --unknown 1 ; stray ; --iter 3 => --iter ; --overwrite yes => yes ; --seed -1 ; --lr nan
-    --algo dqn => dqn ; --task chess => chess ; --dtype float16 ; --iterations many
+    --algo dqn => dqn ; --task chess => chess ; --iterations many
     --batch-size 18 => --group-size ; --advantage rloo --group-size 1 => --group-size ; --name a/b
     --name good => --resume good ; --max-new-tokens 64 => context ; --out file/below => file
     --task lacks.py => does not define heldout, reward
@@ -122,9 +122,7 @@ MORE_COMMANDS = """
     --resume checkpoint-short --task mine.py --iterations 3 => checkpoint-short
     --resume config-list => config-list ; --resume config-nested => config-nested
     --resume config-unknown => config-unknown
-    --resume config-type --task mine.py --iterations 3 => --lr
     --resume config-nan --task mine.py --iterations 3 => --lr
-    --resume config-choice --task mine.py --iterations 3 => --dtype
     --eval ; --eval nowhere => nowhere ; --eval config-range --task mine.py => --gamma
     --eval good => --task ; --eval good --task chess => chess ; --eval good --task mine.py --seed 3 => --seed
     --eval good --task mine.py --temperature 0 => --temperature

@@ -140,8 +140,8 @@ def test_rewards_have_mean_0_and_spread_1_on_the_policys_own_completions(policy,
     assert not any(p.requires_grad for p in model.parameters())
     reward, rewards = learned_reward(model, tokenizer), []
     generator = torch.Generator().manual_seed(3)
-    for prompts, episodes in train.complete(policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator):
-        rewards += reward(prompts, episodes.completions)
+    for prompts, _, texts, *_ in train.complete(policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator):
+        rewards += reward(prompts, texts)
     rewards = torch.tensor(rewards)
     assert rewards.mean().abs() < 0.1 and (rewards.std() - 1).abs() < 0.1
 
@@ -153,18 +153,16 @@ def test_an_annotator_decides_with_the_probability_that_it_gives():
     rng = random.Random(0)
     prompts = rng.choices(PROMPTS, k=4000)
     first, second = ([rng.choice(["a", "aa", "aaa"]) for _ in prompts] for _ in range(2))
-    *found, chances = zip(*annotate(preferences, prompts, first, second, rng))
-    found = list(zip(*found))
+    found = annotate(preferences, prompts, first, second, rng)
     kept = [(prompt, {a, b}) for prompt, a, b in zip(prompts, first, second) if a != b]
     assert [(prompt, {better, worse}) for prompt, better, worse in found] == kept
     longer = [len(better) > len(worse) for _, better, worse in found]
-    assert list(chances) == pytest.approx([0.8 if is_longer else 0.2 for is_longer in longer])
     assert sum(longer) / len(longer) == pytest.approx(0.8, abs=0.03)
 
 
 def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monkeypatch):
     def complete(policy, reference, prompts, *args):
-        yield prompts, SimpleNamespace(completions=[f" {prompt} {i}" for i, prompt in enumerate(prompts)])
+        yield prompts, None, [f" {prompt} {i}" for i, prompt in enumerate(prompts)], None, None
 
     def preferences(prompt, *two):
         seen.append((prompt, *two))
@@ -179,11 +177,9 @@ def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monk
     assert len(seen) == 80 and len({prompt for prompt, *_ in seen}) > 20
 
 
-@pytest.mark.parametrize("returned, error, message", [
-    (1.5, BadTask, "returned 1.5"), (-1, BadTask, "returned -1"), ("first", BadTask, "must return a number"),
-    (math.nan, FloatingPointError, "finite")])
-def test_what_is_no_probability_is_refused(returned, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("returned", [1.5, -1, math.nan])
+def test_what_is_no_probability_is_refused(returned):
+    with pytest.raises(BadTask, match=f"returned {float(returned)} .* return a probability"):
         annotate(lambda *texts: returned, ["film"], ["a"], ["b"], random.Random(0))
 
 
@@ -217,15 +213,20 @@ def test_prompts_that_leave_no_room_are_refused_before_the_fit(policy, tokenizer
             train.learn_reward(task, policy, tokenizer, config(max_new_tokens=25), CPU)
 
 
-def test_a_preference_fits_by_the_tokens_that_are_learned_from(tokenizer):
+def test_a_preference_fits_by_the_tokens_that_are_learned_from(policy, tokenizer, monkeypatch):
     """Prompt and text have tokens of their own: together, "go" and "od" would be one."""
     pair = ("film go", "od", "")
     n = len(tokenizer.encode("film go")) + len(tokenizer.encode("od")) + 1
     assert n > len(tokenizer.encode("film good")) + 1
-    task = Task([], PROMPTS, ["x"], None, None, preferences=[pair, *LISTED])
-    assert {*train.choose_comparisons(task, tokenizer, config(), n)} == {pair, *LISTED}
-    with pytest.raises(BadInput, match=f"'film go' has {n} tokens"):
-        train.choose_comparisons(task, tokenizer, config(), n - 1)
+    def stop(*args):
+        raise BadInput("stopped here")
+
+    monkeypatch.setattr(train, "fit_reward", stop)
+    task = Task([], PROMPTS[:1], ["x"], None, None, preferences=[pair, *LISTED])
+    for block_size, message in (n, "stopped here"), (n - 1, f"'film go' has .* exceed the context of {n - 1}"):
+        small = GPT(GPTConfig(tokenizer.vocab_size, block_size, 1, 2, 16))
+        with pytest.raises(BadInput, match=message):
+            train.learn_reward(task, small, tokenizer, config(max_new_tokens=1), CPU)
 
 
 def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
@@ -240,11 +241,14 @@ def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
     assert fitted.isdisjoint(test) and len(test) == 4 and len(fitted) == 32  # of 36
 
 
-def test_of_a_long_list_comparisons_are_chosen_at_random(tokenizer):
-    listed = sorted(comparisons(240))
+def test_of_a_long_list_comparisons_are_chosen_at_random(policy, tokenizer, monkeypatch):
+    listed, seen = sorted(comparisons(240)), []
+    monkeypatch.setattr(train, "hold_out", lambda some, *args: seen.append(some) or ([], []))
     task = Task([], PROMPTS, ["x"], None, None, preferences=listed)
-    one, other = (train.choose_comparisons(task, tokenizer, config(comparisons=40, seed=seed), 64)
-                  for seed in (0, 1))
+    for seed in (0, 1):
+        with pytest.raises(BadInput, match="too few"):
+            train.learn_reward(task, policy, tokenizer, config(comparisons=40, seed=seed), CPU)
+    one, other = seen
     assert len({*one}) == 40 and {*one} != {*other} and {*one, *other} <= {*listed}
     assert len({prompt for prompt, *_ in one}) > 15
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import traceback
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -290,7 +289,7 @@ def test_pretrained_weights_are_kept_for_exactly_what_decides_them(tmp_path, mon
         return len(list((tmp_path / "pretrained").iterdir()))
 
     decisive = dict(pretrain_seed=1, vocab_size=260, block_size=25, n_layer=2, n_head=1, n_embd=32,
-                    dtype="bfloat16", pretrain_steps=9, pretrain_batch=9, pretrain_lr=0.1, tokenizer="gpt2")
+                    pretrain_steps=9, pretrain_batch=9, pretrain_lr=0.1, tokenizer="gpt2")
     others = dict(algo="ppo", advantage="returns", name="other", seed=1, device="cpu", threads=1,
                   iterations=1, batch_size=32, group_size=8, max_new_tokens=10, temperature=0.5, kl_coef=1,
                   gamma=0.9, lam=0.9, whiten=0, lr=1, max_grad_norm=2, epochs=1, minibatches=1, clip=0.1,
@@ -352,31 +351,6 @@ def test_a_run_starts_from_gpt2_and_exports_it(tmp_path, gpt2_vocabulary):
     assert same_weights(reference, policy)
 
 
-def test_bfloat16_is_the_precision_of_matrix_products_only(out, monkeypatch):
-    seen = {}
-
-    def watch(function):
-        def watched(model, *args, **kwargs):
-            dtypes = seen.setdefault(function.__name__, set())
-            layer = model.transformer.h[0].mlp.c_fc
-            with layer.register_forward_hook(lambda layer, x, y: dtypes.add(y.dtype)):
-                return function(model, *args, **kwargs)
-        return watched
-
-    for name in ("sample", "nll", "fit_critic", "log_probs"):
-        monkeypatch.setattr(train, name, watch(getattr(train, name)))
-    for algo, update in train.ALGOS.items():
-        monkeypatch.setitem(train.ALGOS, algo, watch(update))
-    for algo in train.ALGOS:
-        assert go(out, "--algo", algo, "--dtype", "bfloat16", "--name", f"half-{algo}") is None
-        saved = torch.load(out / f"half-{algo}" / "checkpoint.pt", weights_only=True)
-        weights = [*saved["policy"].values(), *saved["critic"].values()]
-        assert {tensor.dtype for tensor in weights} == {torch.float32}
-        assert 0 <= saved["history"][0]["kl"] < 1e-3  # the cached pass and the full one round differently
-    half, full = {torch.bfloat16}, {torch.float32}
-    assert seen == {"sample": half, "log_probs": half | full, "fit_critic": half, "reinforce": half,
-                    "ppo": half, "nll": half | full, "trpo": full}  # bits per byte, TRPO: full
-
 
 # Pretraining.
 
@@ -411,7 +385,7 @@ def test_maximum_likelihood_reaches_the_entropy_of_the_texts():
     """Of four equally likely texts: log 4 nats."""
     texts = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2], [0, 2, 1, 3], [0, 3, 2, 1]] * 16)
     policy = GPT(GPTConfig(4, 8, 1, 2, 16), torch.Generator().manual_seed(0))
-    config = SimpleNamespace(pretrain_steps=200, pretrain_batch=16, pretrain_lr=1e-2, dtype="float32",
+    config = SimpleNamespace(pretrain_steps=200, pretrain_batch=16, pretrain_lr=1e-2,
                              micro_batch=1024)
     train.maximize_likelihood(policy, texts, config, torch.Generator().manual_seed(0))
     after = train.nll(policy, train.as_batch(texts, "cpu")).sum().item() / len(texts)
@@ -437,7 +411,7 @@ def test_every_token_weighs_the_same_in_pretraining_however_long_its_text(monkey
 
     monkeypatch.setattr(train, "mean_gradient", gradient)
     monkeypatch.setattr(train, "nll", lambda policy, texts: 1 + 0 * policy.w.expand(texts.mask.shape))
-    config = SimpleNamespace(pretrain_steps=80, pretrain_batch=8, pretrain_lr=1e-2, dtype="float32",
+    config = SimpleNamespace(pretrain_steps=80, pretrain_batch=8, pretrain_lr=1e-2,
                              micro_batch=1024)
     train.maximize_likelihood(Scalar(), rows, config, torch.Generator().manual_seed(0))
     losses = torch.tensor(losses).view(10, 8)
@@ -448,7 +422,7 @@ def test_every_token_weighs_the_same_in_pretraining_however_long_its_text(monkey
 def test_the_loss_that_pretraining_prints_is_that_of_a_token(capsys):
     rows = torch.tensor([[0, 1, 1, 1, 1], [0, 2, -100, -100, -100]] * 50)
     policy = GPT(GPTConfig(3, 8, 1, 1, 8), torch.Generator().manual_seed(0))
-    config = SimpleNamespace(pretrain_steps=100, pretrain_batch=8, pretrain_lr=0.0, dtype="float32",
+    config = SimpleNamespace(pretrain_steps=100, pretrain_batch=8, pretrain_lr=0.0,
                              micro_batch=1024)
     train.maximize_likelihood(policy, rows, config, torch.Generator().manual_seed(0))
     printed = float(re.search(r"loss (\S+) nats per token", capsys.readouterr().out)[1])
@@ -493,7 +467,7 @@ def world():
                        lambda prompt, completion: len(completion.encode()) + len(prompt) / 4,
                        lambda prompt, completion: len(completion))
     config = SimpleNamespace(batch_size=32, group_size=2, max_new_tokens=6, temperature=0.7, kl_coef=0.3,
-                             gamma=0.9, lam=0.8, whiten=0, advantage="gae", eval_episodes=50, dtype="float32",
+                             gamma=0.9, lam=0.8, whiten=0, advantage="gae", eval_episodes=50,
                              critic_epochs=1, minibatches=1, max_grad_norm=1.0, micro_batch=40)
     return task, policy, reference, critic, Tokenizer.from_merges([]), config
 
