@@ -17,11 +17,9 @@ from pathlib import Path
 import regex  # comes with tiktoken: re has no \p{L}
 import tiktoken
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from advantage import processes
 from model import GPT, BadInput, Critic, GPTConfig, load_gpt2, save_gpt2
-from reward import Text, batched
 
 # How a text is split into words, within which BPE merges bytes: contractions; letters, digits or signs with
 # the space before them; spaces. In ours a Chinese character is a word, so that a prompt that ends after one
@@ -236,30 +234,6 @@ def check_fit(prompts, tokenizer, max_new_tokens, block_size):
                            "larger --block-size")
 
 
-def whole_texts(prompts, completions, tokenizer, block_size):
-    """Prompts with their completions and, unless completion.ended is False, the end of text, as tokens.
-
-    Returns (B, T) int64, padded with -100, T ≤ block_size: what exceeds the context is cut off.
-    """
-    rows = []
-    for prompt, completion in zip(prompts, completions):
-        end = [tokenizer.eos_token] * getattr(completion, "ended", True)
-        tokens = tokenizer.encode(prompt) + tokenizer.encode(completion) + end
-        rows.append(torch.tensor(tokens[:block_size]))
-    return pad_sequence(rows, batch_first=True, padding_value=-100)
-
-
-def learned_reward(model, tokenizer):
-    """The reward function of a reward model, a Critic that is read at the last token of the text."""
-    @batched
-    @torch.no_grad()
-    def learned(prompts, completions):
-        tokens = whole_texts(prompts, completions, tokenizer, model.transformer.config.block_size)
-        rows = max(1, 2 ** 14 // tokens.shape[1])  # at once
-        return [r for part in tokens.to(model.mean.device).split(rows) for r in model.at_end(part).tolist()]
-    return learned
-
-
 # Checkpoints.
 
 def write_atomically(path, write):
@@ -383,8 +357,7 @@ def main(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the fewest tokens that hold this "
                                                                  "probability together (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
-    parser.add_argument("--logprobs", action="store_true", help="probabilities of each token, now and before "
-                                                                "RL, and the learned reward, if any")
+    parser.add_argument("--logprobs", action="store_true", help="probabilities of each token, now and before RL")
     parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel")
     args = parser.parse_args(argv)
     if not 1 <= args.n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -411,11 +384,6 @@ def main(argv=None):
                 print(prompt + completion)
                 if args.logprobs:
                     print_logprobs(rollout, row, reference, tokenizer, temperature)
-                    if "reward_model" in more:
-                        ended = tokenizer.eos_token in rollout.tokens[row, 1:][rollout.mask[row]]
-                        learned = learned_reward(more["reward_model"], tokenizer)
-                        reward, = learned([prompt], [Text(completion, ended=ended)])
-                        print(f"learned reward {reward:.2f}")
     except (BadInput, OSError, UnicodeDecodeError) as e:
         parser.error(str(e))
 

@@ -32,9 +32,9 @@ from advantage import (ADVANTAGES, WITHOUT_CRITIC, batch_mean, discounted_return
 from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward, in_parts, kl_divergence,
                    log_probs, mean_gradient, ppo, reinforce, trpo)
 from model import GPT, BadInput, Critic, GPTConfig
-from reward import TASKS, BadTask, Text, annotate, distinct_n, load_task, score
-from rollout import (Tokenizer, check_fit, is_gpt2, learned_reward, load_checkpoint, load_weights, sample,
-                     save_checkpoint, whole_texts, write_atomically)
+from reward import TASKS, BadTask, Text, annotate, batched, distinct_n, load_task, score
+from rollout import (Tokenizer, check_fit, is_gpt2, load_checkpoint, load_weights, sample, save_checkpoint,
+                     write_atomically)
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
@@ -411,10 +411,18 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
 
 
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """(prompts, *what `run_episodes` returns) of --batch-size prompts at a time."""
+    """`run_episodes` with --batch-size prompts at a time.
+
+    Returns all completions, and the KL and entropy of all their actions, (n,) each.
+    """
+    texts, kls, entropies = [], [], []
     for start in range(0, len(prompts), config.batch_size):
-        some = prompts[start:start + config.batch_size]
-        yield some, *run_episodes(policy, reference, some, tokenizer, config, temperature, generator)
+        batch, completions, kl, H = run_episodes(policy, reference, prompts[start:start + config.batch_size],
+                                                 tokenizer, config, temperature, generator)
+        texts += completions
+        kls.append(kl[batch.mask])
+        entropies.append(H[batch.mask])
+    return texts, torch.cat(kls), torch.cat(entropies)
 
 
 def evaluate(task, policy, reference, tokenizer, config):
@@ -427,26 +435,19 @@ def evaluate(task, policy, reference, tokenizer, config):
     """
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
-    judges = {"reward": task.reward, "true_reward": task.true_reward, "metric": task.metric}
-    judged, texts, kls, entropies, greedy = {name: [] for name in judges if judges[name]}, [], [], [], []
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
-    for some, batch, completions, kl, H in complete(policy, reference, prompts, tokenizer, config,
-                                                    config.temperature, generator):
-        texts += completions
-        for name, numbers in judged.items():
-            numbers += score(judges[name], some, completions)
-        kls.append(kl[batch.mask])
-        entropies.append(H[batch.mask])
-    for some, _, completions, *_ in complete(policy, reference, task.heldout, tokenizer, config, 0, generator):
-        greedy += score(task.metric, some, completions)
+    texts, kl, H = complete(policy, reference, prompts, tokenizer, config, config.temperature, generator)
+    greedy, _, _ = complete(policy, reference, task.heldout, tokenizer, config, 0, generator)
+    judges = {"reward": task.reward, "true_reward": task.true_reward, "metric": task.metric}
+    judged = {name: score(judge, prompts, texts) for name, judge in judges.items() if judge}
     n = min(len(task.heldout), len(prompts))  # prompt i is completed in rows i, i + n, i + 2n, …
     _, half = interval([fmean(judged["reward"][i::n]) for i in range(n)])
-    figures = {
-        "reward": fmean(judged["reward"]), "reward_ci": half,  # first, then the others
-        **{name: fmean(numbers) for name, numbers in judged.items()}, "greedy": fmean(greedy),
-        "kl": torch.cat(kls).mean().item(), "entropy": torch.cat(entropies).mean().item(),
-        "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
-        "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}
+    figures = {"reward": fmean(judged["reward"]), "reward_ci": half}
+    figures |= {name: fmean(numbers) for name, numbers in judged.items()}
+    figures |= {"greedy": fmean(score(task.metric, task.heldout, greedy)),
+                "kl": kl.mean().item(), "entropy": H.mean().item(),
+                "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
+                "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}
     samples = [{"prompt": prompt, "completion": text, **dict(zip(judged, numbers))}
                for prompt, text, *numbers in zip(prompts, texts, *judged.values())]
     return figures, samples
@@ -462,7 +463,7 @@ def print_completions(before, after, count=6):
         print(f"\nbefore  {old['prompt']}{old['completion']}\nafter   {new['prompt']}{new['completion']}")
 
 
-def print_figures(task, **columns):
+def print_figures(task, columns):
     """Print the figures of `evaluate`. columns: {title: figures}."""
     metric = metric_name(task)
     labels = {"reward": "reward", "reward_ci": "± (95%)", "true_reward": "true reward",
@@ -500,6 +501,30 @@ def print_iteration(history, iterations, warned):
 
 
 # A reward learned from comparisons.
+
+def whole_texts(prompts, completions, tokenizer, block_size):
+    """Prompts with their completions and, unless completion.ended is False, the end of text, as tokens.
+
+    Returns (B, T) int64, padded with -100, T ≤ block_size: what exceeds the context is cut off.
+    """
+    rows = []
+    for prompt, completion in zip(prompts, completions):
+        end = [tokenizer.eos_token] * getattr(completion, "ended", True)
+        tokens = tokenizer.encode(prompt) + tokenizer.encode(completion) + end
+        rows.append(torch.tensor(tokens[:block_size]))
+    return pad_sequence(rows, batch_first=True, padding_value=-100)
+
+
+def learned_reward(model, tokenizer):
+    """The reward function of a reward model, a Critic that is read at the last token of the text."""
+    @batched
+    @torch.no_grad()
+    def learned(prompts, completions):
+        tokens = whole_texts(prompts, completions, tokenizer, model.transformer.config.block_size)
+        rows = max(1, 2 ** 14 // tokens.shape[1])  # at once
+        return [r for part in tokens.to(model.mean.device).split(rows) for r in model.at_end(part).tolist()]
+    return learned
+
 
 def to_batch(comparisons, tokenizer, block_size, device):
     """Comparisons [(prompt, better, worse)] as a Batch for `fit_reward`."""
@@ -543,9 +568,7 @@ def learn_reward(task, policy, tokenizer, config, device):
     print(f"reward model: two completions of {n * count} prompts", flush=True)
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
-    texts = [text for _, _, completions, *_ in complete(policy, policy, prompts, tokenizer, config,
-                                                        config.temperature, generators["sample"])
-             for text in completions]
+    texts, _, _ = complete(policy, policy, prompts, tokenizer, config, config.temperature, generators["sample"])
     if annotated:
         comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
                                random.Random(f"{config.seed} {rank}"))
@@ -683,7 +706,7 @@ def train(config, resume=False):
         if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
             figures, samples = evaluate(task, policy, reference, tokenizer, config)
             log_evaluation(iteration, figures, samples)
-            print_figures(task, **{f"after {iteration}": figures})
+            print_figures(task, {f"after {iteration}": figures})
         if iteration % config.save_every == 0:
             save()
 
@@ -695,7 +718,7 @@ def train(config, resume=False):
                         "pretraining": pretraining, "processes": count, "threads": torch.get_num_threads(),
                         "torch": torch.__version__})
     print_completions(samples_before, samples_after)
-    print_figures(task, before=before, after=after)
+    print_figures(task, {"before": before, "after": after})
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
 
 
@@ -877,7 +900,7 @@ def main(argv=None):
             task = use_reward_model(task, more.get("reward_model"), tokenizer)
             figures, samples = evaluate(task, policy, reference, tokenizer, config)
             print(*(sample["prompt"] + sample["completion"] for sample in samples[:6]), sep="\n")
-            print_figures(task, after=figures)
+            print_figures(task, {"after": figures})
         elif is_comparison(config, args):
             train_all(argv, config, args)
         else:

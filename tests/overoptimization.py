@@ -102,9 +102,8 @@ def best_of(run, seed, counts=N, task="preferences"):
     task = train.use_reward_model(task, more["reward_model"], tokenizer)
     generator, most = torch.Generator().manual_seed(seed), max(counts)
     prompts = [prompt for prompt in task.heldout for _ in range(most)]
-    pairs = []
-    for some, _, texts, *_ in train.complete(reference, reference, prompts, tokenizer, config, 1.0, generator):
-        pairs += zip(*(score(function, some, texts) for function in (task.reward, task.true_reward)))
+    texts, _, _ = train.complete(reference, reference, prompts, tokenizer, config, 1.0, generator)
+    pairs = list(zip(*(score(function, prompts, texts) for function in (task.reward, task.true_reward))))
     groups = [pairs[i:i + most] for i in range(0, len(pairs), most)]
     best = {n: [max(group[i:i + n]) for group in groups for i in range(0, most, n)] for n in counts}
     return {n: tuple(map(fmean, zip(*chosen))) for n, chosen in best.items()}

@@ -14,7 +14,7 @@ from algos import fit_reward, flatten
 from helpers import SMALL, TASK, TINY, rows, task_file
 from model import GPT, BadInput, Critic, GPTConfig
 from reward import BadTask, Task, Text, annotate, load_task
-from rollout import Tokenizer, learned_reward, load_checkpoint, main as sample_main
+from rollout import Tokenizer, load_checkpoint
 
 WORDS = ["good", "fine", "bad", "poor", "film", "plot"]
 PROMPTS = [f"{a} {b}" for a in WORDS for b in WORDS]
@@ -109,7 +109,7 @@ def test_the_best_pass_on_held_out_comparisons_counts(policy, tokenizer, contrar
 
 
 def test_a_learned_reward_does_not_depend_on_filler_or_batch_mates(model, tokenizer):
-    reward = learned_reward(model, tokenizer)
+    reward = train.learned_reward(model, tokenizer)
     texts = [" good", " bad bad film plot plot poor film", " fine film", ""]
     together = reward(["film"] * 4, texts)
     for text, number in zip(texts, together):
@@ -127,7 +127,7 @@ def test_the_fit_recovers_the_order_of_a_known_reward_on_held_out_prompts(policy
     printed = capsys.readouterr().out
     loss, accuracy = (float(printed.split(name)[1].split()[0].strip(",")) for name in ("loss", "accuracy"))
     assert loss < 0.25 and accuracy > 0.9
-    fresh, reward = comparisons(200, seed=1), learned_reward(model, tokenizer)
+    fresh, reward = comparisons(200, seed=1), train.learned_reward(model, tokenizer)
     prompts, better, worse = zip(*fresh)
     right = [a > b for a, b in zip(reward(prompts, better), reward(prompts, worse))]
     assert sum(right) > 0.9 * 200
@@ -138,11 +138,9 @@ def test_rewards_have_mean_0_and_spread_1_on_the_policys_own_completions(policy,
     run = config(batch_size=500)
     model = train.learn_reward(task, policy, tokenizer, run, CPU)
     assert not any(p.requires_grad for p in model.parameters())
-    reward, rewards = learned_reward(model, tokenizer), []
     generator = torch.Generator().manual_seed(3)
-    for prompts, _, texts, *_ in train.complete(policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator):
-        rewards += reward(prompts, texts)
-    rewards = torch.tensor(rewards)
+    texts, _, _ = train.complete(policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator)
+    rewards = torch.tensor(train.learned_reward(model, tokenizer)(PROMPTS * 60, texts))
     assert rewards.mean().abs() < 0.1 and (rewards.std() - 1).abs() < 0.1
 
 
@@ -162,7 +160,7 @@ def test_an_annotator_decides_with_the_probability_that_it_gives():
 
 def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monkeypatch):
     def complete(policy, reference, prompts, *args):
-        yield prompts, None, [f" {prompt} {i}" for i, prompt in enumerate(prompts)], None, None
+        return [f" {prompt} {i}" for i, prompt in enumerate(prompts)], None, None
 
     def preferences(prompt, *two):
         seen.append((prompt, *two))
@@ -334,7 +332,7 @@ def test_a_run_reports_the_true_reward_and_never_trains_on_it(out):
     assert figures["true_reward"] == pytest.approx(sum(len(s["completion"]) for s in samples) / 160)
 
 
-def test_eval_and_rollout_know_the_learned_reward(out, capsys):
+def test_eval_knows_the_learned_reward(out, capsys):
     task = str(out / "mine.py")
     assert train.main(["--eval", str(out / "whole"), "--task", task]) is None
     printed = capsys.readouterr().out
@@ -342,11 +340,6 @@ def test_eval_and_rollout_know_the_learned_reward(out, capsys):
     for label, name in (("reward ", "reward"), ("true reward ", "true_reward")):
         line, = [line for line in printed.splitlines() if line.startswith(label)]
         assert float(line.split()[-1]) == pytest.approx(after[name], abs=6e-4)
-    sample_main([str(out / "whole"), "--prompt", "the cat", "-n", "1", "--logprobs"])
-    text, _, table = capsys.readouterr().out.partition("\n  policy  reference  token")
-    _, _, tokenizer, more = load_checkpoint(out / "whole")
-    reward, = learned_reward(more["reward_model"], tokenizer)(["the cat"], [text.removeprefix("the cat")])
-    assert table.splitlines()[-1] == f"learned reward {reward:.2f}"
 
 
 # The study.
