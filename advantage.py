@@ -71,8 +71,8 @@ def discounted_returns(rewards, mask, gamma):
 def gae(rewards, values, mask, gamma, lam, bootstrap=None):
     """Generalized advantage estimation: A_t = Σ_k (γλ)^k δ_{t+k}, with δ_t = r_t + γ V(s_{t+1}) - V(s_t).
 
-    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return minus the baseline V. After the last action V is 0, also
-    where a text is cut at its longest length: its score is final, so that nothing follows.
+    λ=0 is the TD(0) error, λ=1 the Monte-Carlo return minus the baseline V. After the last action V is 0,
+    also where a text is cut at its longest length: its score is final, so that nothing follows.
     rewards, values, mask: (B, T), values the critic's V(s_t) before action t.  gamma, lam: in [0, 1].
     bootstrap: (B,) the value of the state after the last action, where a time limit interrupted an episode
     that would have gone on to earn rewards; None where all ended, as texts do.

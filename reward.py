@@ -188,7 +188,8 @@ def annotate(annotator, prompts, first, second, rng):
     """Let an annotator compare first and second, two completions of each prompt. rng: a random.Random.
 
     annotator: (prompt, first, second) -> the probability that the first is preferred, by which it is drawn.
-    Returns [(prompt, better, worse)], without pairs of equal texts. Raises BadTask for what is no probability.
+    Returns [(prompt, better, worse)], without pairs of equal texts. Raises BadTask for what is not a
+    probability.
     """
     comparisons = []
     for prompt, a, b in zip(prompts, first, second):

@@ -357,7 +357,8 @@ def main(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the fewest tokens that hold this "
                                                                  "probability together (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
-    parser.add_argument("--logprobs", action="store_true", help="probabilities of each token, now and before RL")
+    parser.add_argument("--logprobs", action="store_true",
+                        help="print the probability of each token, now and before RL")
     parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel")
     args = parser.parse_args(argv)
     if not 1 <= args.n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:

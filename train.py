@@ -109,7 +109,7 @@ class Config:
     delta: float = option(0.01, "trust region: largest mean KL of an update, nats (trpo)", 0)
     cg_iters: int = option(10, "conjugate gradient iterations (trpo)", 1)
     damping: float = option(0.1, "added to the diagonal of the Fisher matrix (trpo)", 0)
-    fisher_fraction: float = option(0.1, "share of the episodes in Fisher products, time and memory (trpo)", 1e-6, 1)
+    fisher_fraction: float = option(0.1, "share of the episodes in Fisher products (trpo)", 1e-6, 1)
     critic_lr: float = option(1e-3, "Adam learning rate of the critic and of the reward model", 0)
     critic_epochs: int = option(2, "passes over the batch (critic)", 1)
     eval_episodes: int = option(1000, "sampled completions per evaluation", 2)
@@ -357,7 +357,8 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
     exact KL(π‖π_ref) and the entropy of π(·|s_t).
     """
     def compare(part):
-        logp, ref_logp = (log_probs(p, part.obs, config.temperature) for p in (policy, reference))  # (b, T, V)
+        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, V)
+        ref_logp = log_probs(reference, part.obs, config.temperature)
         return {"ref_logprobs": chosen(ref_logp, part.actions), "kl": kl_divergence(logp, ref_logp),
                 "entropy": entropy(logp)}
 
@@ -383,8 +384,8 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     n = config.batch_size // config.group_size // count
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
-    batch, completions, kl, H = run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
-                                             generators["sample"])
+    batch, completions, kl, H = run_episodes(policy, reference, prompts, tokenizer, config,
+                                             config.temperature, generators["sample"])
     mask = batch.mask
     batch.scores = torch.tensor(score(task.reward, prompts, completions), device=mask.device)  # (B,)
     rewards = token_rewards(batch.scores, mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)  # (B, T)
@@ -568,7 +569,8 @@ def learn_reward(task, policy, tokenizer, config, device):
     print(f"reward model: two completions of {n * count} prompts", flush=True)
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
-    texts, _, _ = complete(policy, policy, prompts, tokenizer, config, config.temperature, generators["sample"])
+    texts, _, _ = complete(policy, policy, prompts, tokenizer, config, config.temperature,
+                           generators["sample"])
     if annotated:
         comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
                                random.Random(f"{config.seed} {rank}"))
@@ -912,8 +914,8 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print(f"\ninterrupted: --resume {run} continues a run after its last checkpoint; before its first, or "
-              "for several runs, give the same command again, without --overwrite", file=sys.stderr)
+        print(f"\ninterrupted: --resume {run} continues a run after its last checkpoint; before its first, "
+              "or for several runs, give the same command again, without --overwrite", file=sys.stderr)
         return 130
 
 

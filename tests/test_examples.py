@@ -113,7 +113,8 @@ def test_published_grpo_is_the_gradient_of_its_objective(monkeypatch):
 
 def run_example(name, folder, *options):
     options = [*TINY, *SMALL, "--out", folder, "--task", task_file(folder), *options]
-    done = subprocess.run([sys.executable, EXAMPLES / name, *map(str, options)], text=True, capture_output=True)
+    command = [sys.executable, EXAMPLES / name, *map(str, options)]
+    done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

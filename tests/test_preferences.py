@@ -221,7 +221,7 @@ def test_a_preference_fits_by_the_tokens_that_are_learned_from(policy, tokenizer
 
     monkeypatch.setattr(train, "fit_reward", stop)
     task = Task([], PROMPTS[:1], ["x"], None, None, preferences=[pair, *LISTED])
-    for block_size, message in (n, "stopped here"), (n - 1, f"'film go' has .* exceed the context of {n - 1}"):
+    for block_size, message in (n, "stopped here"), (n - 1, f"'film go' .* exceed the context of {n - 1}"):
         small = GPT(GPTConfig(tokenizer.vocab_size, block_size, 1, 2, 16))
         with pytest.raises(BadInput, match=message):
             train.learn_reward(task, small, tokenizer, config(max_new_tokens=1), CPU)

@@ -12,7 +12,7 @@ from algos import chosen, log_probs, mean_gradient, minibatches
 def less_the_mean(rewards, scores, values, mask, config):
     """Every action gets its episode's score and KL penalty, less their mean over the batch."""
     totals = (rewards * mask).sum(1)  # (B,)
-    return (totals - totals.mean())[:, None] * mask, totals[:, None] * mask  # advantages, the critic's targets
+    return (totals - totals.mean())[:, None] * mask, totals[:, None] * mask  # advantages, critic's targets
 
 
 def awr(policy, batch, optimizer, config, generator=None):
