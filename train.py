@@ -620,6 +620,15 @@ def write_table(path, rows):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def begin(run, config, resume):
+    """Delete what is replaced, the checkpoint first (of a resumed run the result alone); write config.json."""
+    names = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
+    for name in ("result.json",) if resume else names:
+        for file in run.glob(name) if processes()[0] == 0 else ():
+            file.unlink()
+    write_json(run / "config.json", asdict(config))
+
+
 def random_generators(seed, iteration, device):
     """This process's generators of an iteration, one for each purpose, from those numbers alone."""
     rank = processes()[0]
@@ -682,12 +691,7 @@ def train(config, resume=False):
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
         write_atomically(run / f"samples-{iteration}.jsonl", lambda file: file.write(lines.encode()))
 
-    if rank == 0:
-        stale = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
-        for pattern in stale[1:2] if resume else stale:
-            for file in run.glob(pattern):
-                file.unlink()
-    write_json(run / "config.json", asdict(config))
+    begin(run, config, resume)
     save()
     log_evaluation(0, before, samples_before)
     size = sum(p.numel() for p in policy.parameters())
