@@ -621,7 +621,7 @@ def write_table(path, rows):
 
 
 def begin(run, config, resume):
-    """Delete what is replaced, the checkpoint first (of a resumed run the result alone); write config.json."""
+    """Delete what is replaced, the checkpoint first (of a resumed run its result), and write config.json."""
     names = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
     for name in ("result.json",) if resume else names:
         for file in run.glob(name) if processes()[0] == 0 else ():
