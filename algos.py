@@ -299,7 +299,7 @@ def fisher_vector_product(policy, batch, config):
     params = [p for p in policy.parameters() if p.requires_grad]
     n_actions, graphs = all_sum(batch.mask.sum()), []
     for _, part in micro_batches(batch, config.micro_batch):
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention's backward pass has no derivative (here by u)
             logits = policy(part.obs) / config.temperature  # (b, T, A)
         probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
         weight = (part.mask / n_actions).unsqueeze(-1).to(logits.dtype)  # (b, T, 1), of a mean
