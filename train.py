@@ -208,6 +208,8 @@ def check(config, parser):
     for algo in c.algo.split(","):
         if algo not in ALGOS:
             parser.error(f"there is no --algo {algo!r}: choose from {', '.join(ALGOS)}")
+    if c.advantage not in ADVANTAGES:
+        parser.error(f"there is no --advantage {c.advantage!r}: choose from {', '.join(ADVANTAGES)}")
     if c.n_embd % c.n_head:
         parser.error(f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
     count = int(os.environ.get("WORLD_SIZE", 1))  # processes
@@ -701,7 +703,8 @@ def train(config, resume=False):
     for iteration in range(len(history) + 1, config.iterations + 1):
         start, generators = time.perf_counter(), random_generators(config.seed, iteration, device)
         batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
-        stats |= ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
+        update = ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
+        stats = {**stats, **update, **stats}  # an algorithm's own column cannot replace one of collect's
         if critic:
             stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
         weights = sum(p.detach().sum() for model in (policy, critic) if model for p in model.parameters())

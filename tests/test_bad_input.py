@@ -64,7 +64,7 @@ def zoo(tmp_path_factory):
         "config.json": {
             "torn": b"{", "list": b"[]", "nested": b"[" * 200_000,
             "unknown": edited(no_such_option=1), "nan": edited(lr=float("nan")),
-            "range": edited(gamma=7.0)},
+            "range": edited(gamma=7.0), "estimator": edited(advantage="mine")},
         "result.json": {"torn": b"{", "noise": b"\xff\xfe\x00", "void": b"{}"},
         "metrics.csv": {"empty": b"", "words": b"iteration,reward\n1,one\n",
                         "torn": b"iteration,reward,kl\n1,2\n"}}
@@ -122,6 +122,7 @@ MORE_COMMANDS = """
     --resume checkpoint-short --task mine.py --iterations 3 => checkpoint-short
     --resume config-list => config-list ; --resume config-nested => config-nested
     --resume config-unknown => config-unknown
+    --resume config-estimator --task mine.py --iterations 3 => --advantage
     --resume config-nan --task mine.py --iterations 3 => --lr
     --eval ; --eval nowhere => nowhere ; --eval config-range --task mine.py => --gamma
     --eval good => --task ; --eval good --task chess => chess ; --eval good --task mine.py --seed 3 => --seed

@@ -246,6 +246,13 @@ def test_warnings_are_printed_once(rows, warning, capsys):
     assert [warning in line for line in printed] == [True] * (warning is not None)
 
 
+def test_an_algorithm_cannot_replace_a_statistic_of_the_episodes(out, monkeypatch):
+    monkeypatch.setitem(train.ALGOS, "mine", lambda *args: {"kl": 7.0, "own": 9.0})
+    assert go(out, "--algo", "mine", "--name", "columns", "--iterations", 1) is None
+    row, = rows(out / "columns")
+    assert float(row["kl"]) < 0.01 and row["own"] == "9"
+
+
 def test_an_existing_run_is_replaced_only_on_request(out, capsys):
     assert go(out, "--name", "kept", "--iterations", 1) is None
     (out / "kept" / "notes.txt").write_text("mine")

@@ -24,7 +24,7 @@ def awr(policy, batch, optimizer, config, generator=None):
     for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
         stats = mean_gradient(policy, loss, minibatch, config, config.max_grad_norm)
         optimizer.step()
-    return stats  # columns of metrics.csv
+    return stats  # columns of metrics.csv, here of the last minibatch
 
 
 ADVANTAGES["mean"] = less_the_mean
