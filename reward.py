@@ -191,9 +191,11 @@ def annotate(annotator, prompts, first, second, rng):
     Returns [(prompt, better, worse)], without pairs of equal texts. Raises BadTask for what is not a
     probability.
     """
-    comparisons = []
-    for prompt, a, b in zip(prompts, first, second):
-        p = float(annotator(prompt, a, b))
+    def preferences(prompt, pair):
+        return annotator(prompt, *pair)
+
+    comparisons, pairs = [], list(zip(first, second))
+    for prompt, (a, b), p in zip(prompts, pairs, score(preferences, prompts, pairs)):
         if not 0 <= p <= 1:
             raise BadTask(f"preferences returned {p} for {prompt!r}, {a!r} and {b!r}: return a probability")
         better, worse = (a, b) if rng.random() < p else (b, a)

@@ -202,14 +202,15 @@ def check(config, parser):
     """parser.error, which exits with status 2, for values that are out of range or contradict each other."""
     for f in fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        choices, types = f.metadata["choices"], (int, float) if f.type is float else f.type
+        if not isinstance(value, types) or choices and value not in choices:
+            parser.error(f"{flag(f.name)} cannot be {value!r}")
         if low is not None and not low <= value <= high:
             parser.error(f"{flag(f.name)} must be from {low:g} to {high:g}, not {value}")
     c = config
     for algo in c.algo.split(","):
         if algo not in ALGOS:
             parser.error(f"there is no --algo {algo!r}: choose from {', '.join(ALGOS)}")
-    if c.advantage not in ADVANTAGES:
-        parser.error(f"there is no --advantage {c.advantage!r}: choose from {', '.join(ADVANTAGES)}")
     if c.n_embd % c.n_head:
         parser.error(f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
     count = int(os.environ.get("WORLD_SIZE", 1))  # processes
@@ -538,6 +539,19 @@ def to_batch(comparisons, tokenizer, block_size, device):
     return Batch(obs, None, mask=torch.arange(obs.shape[1], device=device) == end)
 
 
+def choose_comparisons(task, tokenizer, config, block_size):
+    """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
+    n = min(config.comparisons, len(task.preferences))
+    chosen = random.Random(config.seed).sample(task.preferences, n)
+    check_fit({prompt for prompt, *_ in chosen}, tokenizer, 1, block_size)
+    for prompt, *two in chosen:
+        n = len(tokenizer.encode(prompt)) + max(len(tokenizer.encode(text)) for text in two) + 1
+        if n > block_size:
+            raise BadInput(f"a preference for the prompt {prompt!r} has {n} tokens, its end included, which "
+                           f"exceed the context of {block_size}: shorten it, or give a larger --block-size")
+    return chosen
+
+
 def hold_out(comparisons, prompts, seed):
     """(comparisons of nine tenths of the prompts, those of the others), at random."""
     prompts = sorted({*prompts})
@@ -578,11 +592,7 @@ def learn_reward(task, policy, tokenizer, config, device):
                                random.Random(f"{config.seed} {rank}"))
         fitted, test = hold_out(comparisons, task.prompts, config.seed)
     else:
-        comparisons = random.Random(config.seed).sample(
-            task.preferences, min(config.comparisons, len(task.preferences)))
-        for prompt, *pair in comparisons:
-            longest = max(len(tokenizer.encode(text)) for text in pair)
-            check_fit([prompt], tokenizer, longest + 1, block_size)
+        comparisons = choose_comparisons(task, tokenizer, config, block_size)
         fitted, test = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
         fitted, test = fitted[rank::count], test[rank::count]  # this process's share
     if not (fitted and test):
@@ -622,11 +632,16 @@ def write_table(path, rows):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def written_files(run):
+    """The files of a run but for config.json, its checkpoint first."""
+    names = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
+    return [file for name in names for file in run.glob(name)]
+
+
 def begin(run, config, resume):
     """Delete what is replaced, the checkpoint first (of a resumed run its result), and write config.json."""
-    names = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
-    for name in ("result.json",) if resume else names:
-        for file in run.glob(name) if processes()[0] == 0 else ():
+    for file in written_files(run) if processes()[0] == 0 else []:
+        if not resume or file.name == "result.json":
             file.unlink()
     write_json(run / "config.json", asdict(config))
 
@@ -639,13 +654,13 @@ def random_generators(seed, iteration, device):
             for purpose in ("prompts", "sample", "update")}
 
 
-def restore(states, saved, path):
-    """Load the saved states of networks and optimizers, {name: module or None}.
+def restore(modules, saved, path):
+    """Load the saved states of modules, {name: network, optimizer or None}.
 
     Returns the history, the evaluations and the figures of pretraining. Raises BadInput.
     """
     try:
-        for name, module in states.items():
+        for name, module in modules.items():
             if module:
                 module.load_state_dict(saved[name])
         return list(saved["history"]), dict(saved["evaluations"]), dict(saved["pretraining"])
@@ -658,7 +673,7 @@ def train(config, resume=False):
     device, (rank, count) = set_up(config), processes()
     run = Path(config.out) / config.name
     checkpoint, result = run / "checkpoint.pt", run / "result.json"
-    if rank == 0 and not (resume or config.overwrite) and (checkpoint.exists() or result.exists()):
+    if rank == 0 and not (resume or config.overwrite) and written_files(run):
         raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
     task, warned = load_task(config.task, config.pretrain_seed), set()
     if resume:
@@ -673,19 +688,19 @@ def train(config, resume=False):
     critic = None if config.advantage in WITHOUT_CRITIC else Critic(policy.config, policy).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
-    states = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
+    modules = {"optimizer": optimizer, "critic": critic, "critic_optimizer": critic_optimizer}
     history, evaluations = [], {}  # the rows of metrics.csv; those of eval.csv by iteration
     if resume:
-        history, evaluations, pretraining = restore(states, saved, checkpoint)
+        history, evaluations, pretraining = restore(modules, saved, checkpoint)
         if config.iterations < len(history) or config.iterations == len(history) and result.exists():
             raise BadInput(f"{run} has done {len(history)} iterations: give more --iterations")
     before, samples_before = evaluate(task, reference, reference, tokenizer, config)
 
     def save():
-        modules = {**states, "reference": reference, "reward_model": reward_model}
+        all_modules = {**modules, "reference": reference, "reward_model": reward_model}
         save_checkpoint(checkpoint, policy, tokenizer, config=asdict(config), pretraining=pretraining,
                         history=history, evaluations=evaluations,
-                        **{name: module.state_dict() for name, module in modules.items() if module})
+                        **{name: module.state_dict() for name, module in all_modules.items() if module})
 
     def log_evaluation(iteration, figures, samples):
         evaluations[iteration] = {"iteration": iteration, **figures}

@@ -63,8 +63,9 @@ def zoo(tmp_path_factory):
             "short": {key: value for key, value in state.items() if key != "optimizer"}},
         "config.json": {
             "torn": b"{", "list": b"[]", "nested": b"[" * 200_000,
-            "unknown": edited(no_such_option=1), "nan": edited(lr=float("nan")),
-            "range": edited(gamma=7.0), "estimator": edited(advantage="mine")},
+            "unknown": edited(no_such_option=1), "type": edited(lr="fast"), "nan": edited(lr=float("nan")),
+            "choice": edited(tokenizer="words"), "range": edited(gamma=7.0),
+            "estimator": edited(advantage="mine")},
         "result.json": {"torn": b"{", "noise": b"\xff\xfe\x00", "void": b"{}"},
         "metrics.csv": {"empty": b"", "words": b"iteration,reward\n1,one\n",
                         "torn": b"iteration,reward,kl\n1,2\n"}}
@@ -123,6 +124,8 @@ MORE_COMMANDS = """
     --resume config-list => config-list ; --resume config-nested => config-nested
     --resume config-unknown => config-unknown
     --resume config-estimator --task mine.py --iterations 3 => --advantage
+    --resume config-type --task mine.py --iterations 3 => --lr
+    --resume config-choice --task mine.py --iterations 3 => --tokenizer
     --resume config-nan --task mine.py --iterations 3 => --lr
     --eval ; --eval nowhere => nowhere ; --eval config-range --task mine.py => --gamma
     --eval good => --task ; --eval good --task chess => chess ; --eval good --task mine.py --seed 3 => --seed

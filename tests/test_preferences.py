@@ -175,9 +175,11 @@ def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monk
     assert len(seen) == 80 and len({prompt for prompt, *_ in seen}) > 20
 
 
-@pytest.mark.parametrize("returned", [1.5, -1, math.nan])
-def test_what_is_no_probability_is_refused(returned):
-    with pytest.raises(BadTask, match=f"returned {float(returned)} .* return a probability"):
+@pytest.mark.parametrize("returned, error, message", [
+    (1.5, BadTask, "returned 1.5"), (-1, BadTask, "returned -1"), ("first", BadTask, "must return a number"),
+    (math.nan, FloatingPointError, "finite")])
+def test_what_is_no_probability_is_refused(returned, error, message):
+    with pytest.raises(error, match=message):
         annotate(lambda *texts: returned, ["film"], ["a"], ["b"], random.Random(0))
 
 
@@ -211,20 +213,15 @@ def test_prompts_that_leave_no_room_are_refused_before_the_fit(policy, tokenizer
             train.learn_reward(task, policy, tokenizer, config(max_new_tokens=25), CPU)
 
 
-def test_a_preference_fits_by_the_tokens_that_are_learned_from(policy, tokenizer, monkeypatch):
+def test_a_preference_fits_by_the_tokens_that_are_learned_from(tokenizer):
     """Prompt and text have tokens of their own: together, "go" and "od" would be one."""
     pair = ("film go", "od", "")
     n = len(tokenizer.encode("film go")) + len(tokenizer.encode("od")) + 1
     assert n > len(tokenizer.encode("film good")) + 1
-    def stop(*args):
-        raise BadInput("stopped here")
-
-    monkeypatch.setattr(train, "fit_reward", stop)
-    task = Task([], PROMPTS[:1], ["x"], None, None, preferences=[pair, *LISTED])
-    for block_size, message in (n, "stopped here"), (n - 1, f"'film go' .* exceed the context of {n - 1}"):
-        small = GPT(GPTConfig(tokenizer.vocab_size, block_size, 1, 2, 16))
-        with pytest.raises(BadInput, match=message):
-            train.learn_reward(task, small, tokenizer, config(max_new_tokens=1), CPU)
+    task = Task([], PROMPTS, ["x"], None, None, preferences=[pair, *LISTED])
+    assert {*train.choose_comparisons(task, tokenizer, config(), n)} == {pair, *LISTED}
+    with pytest.raises(BadInput, match=f"'film go' has {n} tokens"):
+        train.choose_comparisons(task, tokenizer, config(), n - 1)
 
 
 def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
@@ -239,14 +236,11 @@ def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
     assert fitted.isdisjoint(test) and len(test) == 4 and len(fitted) == 32  # of 36
 
 
-def test_of_a_long_list_comparisons_are_chosen_at_random(policy, tokenizer, monkeypatch):
-    listed, seen = sorted(comparisons(240)), []
-    monkeypatch.setattr(train, "hold_out", lambda some, *args: seen.append(some) or ([], []))
+def test_of_a_long_list_comparisons_are_chosen_at_random(tokenizer):
+    listed = sorted(comparisons(240))
     task = Task([], PROMPTS, ["x"], None, None, preferences=listed)
-    for seed in (0, 1):
-        with pytest.raises(BadInput, match="too few"):
-            train.learn_reward(task, policy, tokenizer, config(comparisons=40, seed=seed), CPU)
-    one, other = seen
+    one, other = (train.choose_comparisons(task, tokenizer, config(comparisons=40, seed=seed), 64)
+                  for seed in (0, 1))
     assert len({*one}) == 40 and {*one} != {*other} and {*one, *other} <= {*listed}
     assert len({prompt for prompt, *_ in one}) > 15
 

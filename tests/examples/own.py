@@ -5,14 +5,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from advantage import ADVANTAGES
+from advantage import ADVANTAGES, batch_mean
 from algos import chosen, log_probs, mean_gradient, minibatches
 
 
 def less_the_mean(rewards, scores, values, mask, config):
-    """Every action gets its episode's score and KL penalty, less their mean over the batch."""
+    """Every action gets its episode's score and KL penalty, minus their mean over the batch."""
     totals = (rewards * mask).sum(1)  # (B,)
-    return (totals - totals.mean())[:, None] * mask, totals[:, None] * mask  # advantages, critic's targets
+    advantages = (totals - batch_mean(totals))[:, None] * mask  # (B, T)
+    return advantages, totals[:, None] * mask  # the second are the critic's targets
 
 
 def awr(policy, batch, optimizer, config, generator=None):
