@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from advantage import (ADVANTAGES, WITHOUT_CRITIC, batch_mean, discounted_returns, masked_mean,
+from advantage import (ADVANTAGES, IN_GROUPS, WITHOUT_CRITIC, batch_mean, discounted_returns, masked_mean,
                        mean_and_variance, processes, token_rewards, whiten)
 from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward, in_parts, kl_divergence,
                    log_probs, mean_gradient, ppo, reinforce, trpo)
@@ -220,7 +220,7 @@ def check(config, parser):
     if c.batch_size < count * c.minibatches or c.pretrain_batch < count:
         parser.error(f"--batch-size {c.batch_size} must be at least --minibatches {c.minibatches} times the "
                      f"number of processes, {count}, and --pretrain-batch at least that number")
-    if c.advantage in ("rloo", "grpo") and c.group_size < 2:
+    if c.advantage in IN_GROUPS and c.group_size < 2:
         parser.error(f"--advantage {c.advantage} needs --group-size 2 or more, to compare within a prompt")
     if c.name and Path(c.name).name != c.name or c.name in ("..", "pretrained") or len(c.name) > 200:
         parser.error(f"--name {c.name} must be a plain name, not pretrained: the directory above it is --out")
@@ -408,7 +408,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
              "ended": per_episode([text.ended for text in completions])}
     if task.true_reward:
         stats["true_reward"] = per_episode(score(task.true_reward, prompts, completions))
-    if config.advantage in ("rloo", "grpo"):
+    if config.advantage in IN_GROUPS:
         groups = batch.scores.view(-1, config.group_size)
         stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1))
     return batch, stats
@@ -668,12 +668,29 @@ def restore(modules, saved, path):
         raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
 
 
+def print_start(config, policy, device):
+    size, count = sum(p.numel() for p in policy.parameters()), processes()[1]
+    print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, {device}, "
+          f"{count} process{'es' * (count > 1)} of {torch.get_num_threads()} threads")
+
+
+def report(run, task, before, after, history, pretraining):
+    """Write result.json, and print what RL changed. before, after: (figures, samples) of `evaluate`."""
+    seconds = sum(row["seconds"] for row in history)
+    write_json(run / "result.json", {
+        "metric": metric_name(task), "before": before[0], "after": after[0], "seconds": seconds,
+        "pretraining": pretraining, "processes": processes()[1], "threads": torch.get_num_threads(),
+        "torch": torch.__version__})
+    print_completions(before[1], after[1])
+    print_figures(task, {"before": before[0], "after": after[0]})
+    print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
+
+
 def train(config, resume=False):
     """Train one run, or resume it: held-out figures, RL, held-out figures again."""
-    device, (rank, count) = set_up(config), processes()
-    run = Path(config.out) / config.name
-    checkpoint, result = run / "checkpoint.pt", run / "result.json"
-    if rank == 0 and not (resume or config.overwrite) and written_files(run):
+    device, run = set_up(config), Path(config.out) / config.name
+    checkpoint = run / "checkpoint.pt"
+    if processes()[0] == 0 and not (resume or config.overwrite) and written_files(run):
         raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
     task, warned = load_task(config.task, config.pretrain_seed), set()
     if resume:
@@ -692,9 +709,10 @@ def train(config, resume=False):
     history, evaluations = [], {}  # the rows of metrics.csv; those of eval.csv by iteration
     if resume:
         history, evaluations, pretraining = restore(modules, saved, checkpoint)
-        if config.iterations < len(history) or config.iterations == len(history) and result.exists():
+        finished = (run / "result.json").exists()  # else the last steps may be missing
+        if config.iterations < len(history) + finished:
             raise BadInput(f"{run} has done {len(history)} iterations: give more --iterations")
-    before, samples_before = evaluate(task, reference, reference, tokenizer, config)
+    before = evaluate(task, reference, reference, tokenizer, config)
 
     def save():
         all_modules = {**modules, "reference": reference, "reward_model": reward_model}
@@ -710,10 +728,8 @@ def train(config, resume=False):
 
     begin(run, config, resume)
     save()
-    log_evaluation(0, before, samples_before)
-    size = sum(p.numel() for p in policy.parameters())
-    print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, {device}, "
-          f"{count} process{'es' * (count > 1)} of {torch.get_num_threads()} threads")
+    log_evaluation(0, *before)
+    print_start(config, policy, device)
 
     for iteration in range(len(history) + 1, config.iterations + 1):
         start, generators = time.perf_counter(), random_generators(config.seed, iteration, device)
@@ -734,16 +750,10 @@ def train(config, resume=False):
         if iteration % config.save_every == 0:
             save()
 
-    after, samples_after = evaluate(task, policy, reference, tokenizer, config)
-    log_evaluation(len(history), after, samples_after)
+    after = evaluate(task, policy, reference, tokenizer, config)
+    log_evaluation(len(history), *after)
     save()
-    seconds = sum(row["seconds"] for row in history)
-    write_json(result, {"metric": metric_name(task), "before": before, "after": after, "seconds": seconds,
-                        "pretraining": pretraining, "processes": count, "threads": torch.get_num_threads(),
-                        "torch": torch.__version__})
-    print_completions(samples_before, samples_after)
-    print_figures(task, {"before": before, "after": after})
-    print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
+    report(run, task, before, after, history, pretraining)
 
 
 # Several runs.
@@ -751,19 +761,20 @@ def train(config, resume=False):
 def read_run(run):
     """A finished run: (label, result, metrics). metrics: {column: [a value for each iteration]}.
 
-    The label is the run's name without its seed at the end, and with its estimator. Raises BadInput.
+    The label is the run's name without its seed and its estimator, plus the estimator. Raises BadInput.
     """
     run = Path(run).resolve()
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        label, estimator = run.name.removesuffix(f"-{config['seed']}"), config["advantage"]
+        estimator = config["advantage"]
+        label = run.name.removesuffix(f"-{config['seed']}").removesuffix(f"-{estimator}") + f" + {estimator}"
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         with open(run / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         metrics = {column: [float(row[column]) for row in rows] for column in rows[0]}
         if not ({"metric", "after", "seconds"} <= {*result} and {"reward", "kl"} <= {*metrics}):
             raise ValueError("the files are of another program")
-        return label + f" + {estimator}" * (estimator not in label), result, metrics
+        return label, result, metrics
     except (OSError, ValueError, TypeError, LookupError) as e:
         raise BadInput(f"{run} is not a finished run ({type(e).__name__}): give directories as in runs/NAME")
 
@@ -836,7 +847,7 @@ def plot(groups, path):
     except ImportError:
         return False
     both = have_true_rewards(groups)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     learning, frontier = figure.subplots(1, 2, sharey=True)
     learning.set_prop_cycle(color=COLOURS)
     for label, group in groups.items():
@@ -854,7 +865,7 @@ def plot(groups, path):
     learning.set(xlabel="iteration", ylabel="reward")
     frontier.set(xlabel="√KL to the reference of a text, √nats" if both else
                  "KL to the reference, nats per token")
-    learning.legend()
+    figure.legend(*learning.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
     return True
 

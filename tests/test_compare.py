@@ -57,8 +57,8 @@ def make_run(path, rewards, after, seconds=2.0, task="reviews", **columns):
     """A finished run with these rewards by iteration, more columns of metrics.csv, and all figures equal."""
     names = ("reward", "metric", "greedy", "kl", "entropy", "length", "distinct_2")
     path.mkdir()
-    label, _, seed = path.name.rpartition("-")
-    config = {"task": task, "seed": int(seed), "advantage": label}
+    config = {"task": task, "seed": int(path.name.rpartition("-")[2]),
+              "advantage": "rloo" if "rloo" in path.name else "gae"}
     result = {"metric": "quality", "after": dict.fromkeys(names, after), "seconds": seconds}
     (path / "config.json").write_text(json.dumps(config))
     (path / "result.json").write_text(json.dumps(result))
@@ -151,15 +151,15 @@ def test_intervals_hold_the_truth_in_95_of_100_experiments(n):
 
 def test_the_table_has_means_and_intervals_over_seeds(tmp_path, capsys):
     runs = [make_run(tmp_path / "a-0", [0, 1], after=0.5),
-            make_run(tmp_path / "b-0", [1, 2], after=4, seconds=7),
+            make_run(tmp_path / "b-rloo-0", [1, 2], after=4, seconds=7),
             make_run(tmp_path / "a-1", [0, 2], after=0.7, seconds=4)]
     assert train.main(["--plot", *runs, "--out", str(tmp_path), "--name", "both"]) is None
     table = cells(capsys.readouterr().out)
     assert table == cells((tmp_path / "both.md").read_text())
     a = "0.600 ± 1.271"  # 12.706 · 0.1414 / √2
     names = ("reward", "quality", "quality, greedy", "KL", "entropy", "length", "distinct pairs")
-    assert table == {"a": {"runs": "2", **dict.fromkeys(names, a), "seconds": "3.000 ± 12.706"},
-                     "b": {"runs": "1", **dict.fromkeys(names, "4.000"), "seconds": "7.000"}}
+    assert table == {"a + gae": {"runs": "2", **dict.fromkeys(names, a), "seconds": "3.000 ± 12.706"},
+                     "b + rloo": {"runs": "1", **dict.fromkeys(names, "4.000"), "seconds": "7.000"}}
 
 
 def test_curves_are_drawn_with_matplotlib(tmp_path, monkeypatch):
@@ -186,9 +186,9 @@ def test_true_rewards_are_in_the_table_and_drawn_against_the_root_of_the_kl(tmp_
     result["after"]["true_reward"] = -0.75
     (tmp_path / "a-0" / "result.json").write_text(json.dumps(result))
     assert train.main(["--plot", str(run), "--out", str(tmp_path)]) is None
-    assert cells(capsys.readouterr().out)["a"]["true reward"] == "-0.750"
-    assert drawn == {(0, "a"): [[1, 0], [2, 1]], (0, "a, true"): [[1, 0.5], [2, -1]],
-                     (1, "a"): [[0.2, 0], [0.4, 1]], (1, "a, true"): [[0.2, 0.5], [0.4, -1]]}
+    assert cells(capsys.readouterr().out)["a + gae"]["true reward"] == "-0.750"
+    assert drawn == {(0, "a + gae"): [[1, 0], [2, 1]], (0, "a + gae, true"): [[1, 0.5], [2, -1]],
+                     (1, "a + gae"): [[0.2, 0], [0.4, 1]], (1, "a + gae, true"): [[0.2, 0.5], [0.4, -1]]}
 
 
 def test_without_matplotlib_there_is_a_table_only(tmp_path, monkeypatch, capsys):
