@@ -485,7 +485,8 @@ def warnings(history):
     first, last = history[0], history[-1]
     if last["ended"] < first["ended"] / 2:
         yield "fewer than half as many completions end as at first: a larger --kl-coef may help"
-    if len(history) > 10 and fmean(row.get("explained_variance", 0) for row in history[-10:]) < 0:
+    last_ten = history[10:][-10:]  # the critic is new in the first ten
+    if len(last_ten) == 10 and fmean(row.get("explained_variance", 0) for row in last_ten) < 0:
         yield "over ten iterations the critic was worse than a constant: more --critic-epochs may help"
     if last.get("equal_groups", 0) > 0.5:
         yield "in most groups all scores are equal, which teaches nothing: a larger --group-size may help"

@@ -229,8 +229,8 @@ def test_evaluations_while_training_leave_their_figures_and_completions(out, cap
 @pytest.mark.parametrize("rows, warning", [
     ([{"ended": 0.9}, {"ended": 0.5}], None), ([{"ended": 0.9}, {"ended": 0.4}], "fewer than half as many"),
     ([{"ended": 1, "explained_variance": -1}] * 8, None),
-    ([{"ended": 1, "explained_variance": -1}] * 11, "worse than a constant"),
-    ([{"ended": 1, "explained_variance": x} for x in [-0.5] * 5 + [1] * 10], None),
+    ([{"ended": 1, "explained_variance": -1}] * 20, "worse than a constant"),
+    ([{"ended": 1, "explained_variance": x} for x in [-9] * 10 + [-0.5] * 5 + [1] * 10], None),
     ([{"ended": 1, "equal_groups": 0.5}], None),
     ([{"ended": 1, "equal_groups": 0.6}], "all scores are equal")])
 def test_warnings_are_printed_once(rows, warning, capsys):
