@@ -33,7 +33,7 @@ class Batch:
     returns: torch.Tensor = None  # (B, T) the critic's targets
     values: torch.Tensor = None  # (B, T) V(s_t) before the critic is fitted to them; 0 without a critic
     ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t), for a loss of your own (tests/examples)
-    scores: torch.Tensor = None  # (B,) each episode's reward, likewise
+    scores: torch.Tensor = None  # (B,) what the reward function returned, for a loss of your own
 
     def rows(self, index, columns=None):
         """The Batch of these episodes, of their first columns alone where a number of columns is given."""
@@ -82,14 +82,20 @@ def mean_gradient(model, loss, batch, config, max_grad_norm):
 
     loss: a part of the batch -> {"loss": (b, T), …}, of which the loss alone is differentiated.
     Returns the means as numbers, and grad_norm, which the gradient had before it was clipped to
-    max_grad_norm. Raises FloatingPointError where the loss or its gradient is not finite.
+    max_grad_norm. Raises FloatingPointError where the loss or its gradient is not finite, ValueError for
+    another shape.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         p.grad = torch.zeros_like(p)
     n_actions, stats = all_sum(batch.mask.sum()), {}
     for _, part in micro_batches(batch, config.micro_batch):
-        shares = {name: x.masked_fill(~part.mask, 0).sum() / n_actions for name, x in loss(part).items()}
+        per_action = loss(part)
+        for name, x in per_action.items():
+            if x.shape != part.mask.shape:
+                raise ValueError(f"{name} must have the shape of the actions, {tuple(part.mask.shape)}, "
+                                 f"not {tuple(x.shape)}")
+        shares = {name: x.masked_fill(~part.mask, 0).sum() / n_actions for name, x in per_action.items()}
         shares["loss"].backward()  # adds to grad
         stats = {name: stats.get(name, 0) + share.detach() for name, share in shares.items()}
     if processes()[1] > 1:  # one sum for all, since each costs a round trip
@@ -117,7 +123,8 @@ def check_finite(**quantities):
     for name, value in quantities.items():
         if not math.isfinite(value):
             name = name.replace("_", " ")
-            raise FloatingPointError(f"the {name} is {value}: take smaller steps (a learning rate, --delta)")
+            raise FloatingPointError(f"the {name} is {value}: take smaller steps (a learning rate, --delta), "
+                                     "or mend a function of your own")
 
 
 def flatten(tensors):
@@ -289,9 +296,10 @@ def fisher_vector_product(policy, batch, config):
 
     The KL from π_old is zero here and so is its gradient; its Hessian is not: it is
     F = E[Jᵀ (diag p - p pᵀ) J], where J is the derivative of a state's logits by the weights and p their
-    softmax. Jᵀu is a backward pass. It is linear in u, so that the gradient of (Jᵀu)·v by u, a second
-    backward pass, is J v. Both graphs are made once for all products. The network is never differentiated
-    twice by its weights, and F is positive semi-definite by construction.
+    softmax: positive semi-definite, and without a second derivative by the weights.
+    Once for all products, a backward pass makes Jᵀu, with its graph, for a dummy u. Then a product takes two:
+    Jᵀu is linear in u, so that the gradient of (Jᵀu)·v by u is J v; and that of p by the weights, backwards
+    from J v, is Jᵀ (diag p - p pᵀ) J v.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
     the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
     calculating Jacobian vector products".
@@ -299,7 +307,7 @@ def fisher_vector_product(policy, batch, config):
     params = [p for p in policy.parameters() if p.requires_grad]
     n_actions, graphs = all_sum(batch.mask.sum()), []
     for _, part in micro_batches(batch, config.micro_batch):
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention's backward pass has no derivative (here by u)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention's backward pass cannot be differentiated by u
             logits = policy(part.obs) / config.temperature  # (b, T, A)
         probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
         weight = (part.mask / n_actions).unsqueeze(-1).to(logits.dtype)  # (b, T, 1), of a mean

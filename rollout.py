@@ -145,7 +145,7 @@ def draw(logp, uniforms):
     """
     cdf = logp.exp().cumsum(-1)  # (B, V)
     drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)
-    return drawn.clamp(max=logp.shape[-1] - 1)  # NaN would give V
+    return drawn.clamp(max=logp.shape[-1] - 1)  # NaN would give V, which is no token
 
 
 def truncate(logp, top_k=0, top_p=1.0):
@@ -189,14 +189,14 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     logprobs = next(policy.parameters()).new_zeros(B, T)
 
     # Column t of uniforms is for action t: a row's i-th action gets its i-th number, whatever its neighbours.
-    columns = start[:, None] + torch.arange(max_new_tokens, device=device)  # (B, max_new_tokens)
     uniforms = torch.ones(B, T, device=device)  # in (0, 1]
-    uniforms.scatter_(1, columns, 1 - torch.rand(columns.shape, generator=generator, device=device))
+    random = 1 - torch.rand(B, max_new_tokens, generator=generator, device=device)
+    uniforms.scatter_(1, start[:, None] + torch.arange(max_new_tokens, device=device), random)
 
     active = torch.arange(B, device=device)  # the rows in the cache: finished ones are dropped
     cache, n_cached = policy.kv_cache(T + 1), 0
     for t in range(min(lengths) - 1, T):
-        logits = policy(tokens[active, n_cached:t + 1], cache)[:, -1]  # (active, V)
+        logits = policy(tokens[active, n_cached:t + 1], cache)[:, -1]  # (active, V); at first many columns
         n_cached = t + 1
         logp = (logits / (temperature or 1)).log_softmax(-1)
         if temperature == 0:
@@ -216,18 +216,20 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
                 for layer in cache:
                     layer.keep_rows(unfinished)
 
-    T = int(stop.max())  # actions of the longest row
-    columns = torch.arange(T, device=device)
+    longest = int(stop.max())
+    columns = torch.arange(longest, device=device)
     mask = (columns >= start[:, None]) & (columns < stop[:, None])
-    return Rollout(tokens[:, :T + 1], mask, logprobs[:, :T])
+    return Rollout(tokens[:, :longest + 1], mask, logprobs[:, :longest])
 
 
 def check_fit(prompts, tokenizer, max_new_tokens, block_size):
-    """Raises BadInput that names a prompt (text) which is empty or leaves no room for its completion."""
+    """Raises BadInput that names a prompt (text) which cannot be completed, or leaves no room for that."""
     for prompt in prompts:
         n = len(tokenizer.encode(prompt))
         if n == 0:
             raise BadInput("a prompt is empty: give it at least one character")
+        if prompt.endswith(" "):
+            raise BadInput(f"the prompt {str(prompt)!r} ends with a space: leave it out, words bring one")
         if n + max_new_tokens > block_size:
             raise BadInput(f"the prompt {str(prompt)!r} has {n} tokens; {max_new_tokens} more exceed the "
                            f"context of {block_size}: use a shorter prompt, a smaller --max-new-tokens or a "
@@ -349,7 +351,7 @@ def main(argv=None):
     parser.add_argument("run", help="a run's directory, as in runs/NAME, or a checkpoint")
     parser.add_argument("--prompt", help="text to complete, without a space at its end "
                                          "(default: each line of standard input)")
-    parser.add_argument("-n", type=int, default=4, help="completions of each prompt (default 4)")
+    parser.add_argument("-n", type=int, help="completions of each prompt (default 4, 1 with --greedy)")
     parser.add_argument("--max-new-tokens", type=int, help="longest completion, tokens (default: what fits)")
     parser.add_argument("--temperature", type=float, help="divides the logits (default: that of training)")
     parser.add_argument("--greedy", action="store_true", help="choose the likeliest token at each step")
@@ -361,7 +363,8 @@ def main(argv=None):
                         help="print the probability of each token, now and before RL")
     parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel")
     args = parser.parse_args(argv)
-    if not 1 <= args.n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:
+    n = (1 if args.greedy else 4) if args.n is None else args.n
+    if not 1 <= n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:
         parser.error("-n must be from 1 to 10000, --max-new-tokens at least 1")
     if not (0 <= args.seed < 2 ** 63 and args.top_k >= 0 and 0 < args.top_p <= 1):
         parser.error("--seed and --top-k must be at least 0, --top-p above 0 and at most 1")
@@ -379,7 +382,7 @@ def main(argv=None):
             tokens, block_size = tokenizer.encode(prompt), policy.config.block_size
             room = args.max_new_tokens or max(1, block_size - len(tokens))
             check_fit([prompt], tokenizer, room, block_size)
-            rollout = sample(policy, [tokens] * args.n, room, tokenizer.eos_token, temperature, generator,
+            rollout = sample(policy, [tokens] * n, room, tokenizer.eos_token, temperature, generator,
                              args.top_k, args.top_p)
             for row, completion in enumerate(rollout.completions(tokenizer)):
                 print(prompt + completion)

@@ -168,7 +168,8 @@ def parse(argv):
             config = Config(**defaults | given)
             other_task = Path(config.task).name != Path(Config(**defaults).task).name
         except (OSError, ValueError, TypeError, RecursionError) as e:
-            parser.error(f"{run} is not a run ({type(e).__name__}): give its directory, as in runs/NAME")
+            reason = " ".join(str(e).split())
+            parser.error(f"{run} is not a run of this program ({reason}): give a directory as in runs/NAME")
         if config.task not in TASKS and "task" not in given:  # config.json must not choose what is executed
             parser.error(f"{run} uses a task file: add --task {config.task} to execute it")
         if args.resume and other_task:
@@ -355,7 +356,7 @@ def maximize_likelihood(policy, rows, config, generator):
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
     """Let the policy complete the prompts, and compare it with the reference.
 
-    temperature: of sampling, 0 is greedy. The reference is taken at the temperature of training.
+    temperature: of sampling, 0 is greedy. KL and entropy are those at config.temperature.
     Returns a Batch without scores, values and advantages; the completions, a Text each; and (B, T) each the
     exact KL(π‖π_ref) and the entropy of π(·|s_t).
     """
@@ -399,6 +400,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
         batch.values = in_parts(lambda part: {"values": critic(part.obs)}, batch, config)["values"]
     batch.advantages, batch.returns = ADVANTAGES[config.advantage](rewards, batch.scores, batch.values, mask,
                                                                    config)
+    check_finite(mean_of_the_advantages=masked_mean(batch.advantages, mask).item())
     if config.whiten:
         batch.advantages = whiten(batch.advantages, mask)
     per_action = lambda x: masked_mean(x, mask).item()
@@ -472,8 +474,8 @@ def print_figures(task, columns):
     metric = metric_name(task)
     labels = {"reward": "reward", "reward_ci": "± (95%)", "true_reward": "true reward",
               "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats",
-              "entropy": "entropy, nats", "distinct_1": "distinct of 1,000 words",
-              "distinct_2": "of 1,000 pairs of words", "length": "length, tokens", "ended": "ended"}
+              "entropy": "entropy, nats", "distinct_1": "different words, of 1,000",
+              "distinct_2": "different pairs, of 1,000", "length": "length, tokens", "ended": "ended"}
     print(f"\n{'on prompts held out of RL':25}" + "".join(f"{title:>10}" for title in columns))
     for name, label in labels.items():
         if name in next(iter(columns.values())):
@@ -583,7 +585,8 @@ def learn_reward(task, policy, tokenizer, config, device):
     annotated = callable(task.preferences)
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, block_size)
     n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for mean and deviation
-    print(f"reward model: two completions of {n * count} prompts", flush=True)
+    purpose = "to be compared" if annotated else "for the mean and spread of rewards"
+    print(f"reward model: two completions of {n * count} prompts, {purpose}", flush=True)
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
     texts, _, _ = complete(policy, policy, prompts, tokenizer, config, config.temperature,
@@ -598,13 +601,14 @@ def learn_reward(task, policy, tokenizer, config, device):
         fitted, test = fitted[rank::count], test[rank::count]  # this process's share
     if not (fitted and test):
         raise BadInput("there are too few comparisons to hold some out: give more, of more prompts")
+    print(f"reward model: {len(fitted)} comparisons and {len(test)} held out" + " per process" * (count > 1))
 
     model = Critic(policy.config, policy).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
     batches = [to_batch(part, tokenizer, block_size, device) for part in (fitted, test)]
     found = fit_reward(model, *batches, optimizer, config, generators["update"])
-    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on comparisons of a "
-          "tenth of the prompts, held out of its fit")
+    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on those held out, of a "
+          "tenth of the prompts")
     standardize(model, learned_reward(model, tokenizer)(prompts, texts))
     return model.requires_grad_(False)
 
@@ -645,6 +649,16 @@ def begin(run, config, resume):
         if not resume or file.name == "result.json":
             file.unlink()
     write_json(run / "config.json", asdict(config))
+
+
+def one_row(*parts):
+    """The row of metrics.csv out of dicts of columns. Raises BadInput for a column that two of them have."""
+    row = {}
+    for part in parts:
+        for name in row.keys() & part.keys():
+            raise BadInput(f"metrics.csv has the column {name} already: rename what the algorithm returns")
+        row |= part
+    return row
 
 
 def random_generators(seed, iteration, device):
@@ -691,9 +705,9 @@ def train(config, resume=False):
     """Train one run, or resume it: held-out figures, RL, held-out figures again."""
     device, run = set_up(config), Path(config.out) / config.name
     checkpoint = run / "checkpoint.pt"
+    task, warned = load_task(config.task, config.pretrain_seed), set()
     if processes()[0] == 0 and not (resume or config.overwrite) and written_files(run):
         raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
-    task, warned = load_task(config.task, config.pretrain_seed), set()
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(checkpoint, device)
         reward_model = saved.get("reward_model")
@@ -736,12 +750,11 @@ def train(config, resume=False):
         start, generators = time.perf_counter(), random_generators(config.seed, iteration, device)
         batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
         update = ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
-        stats = {**stats, **update, **stats}  # an algorithm's own column cannot replace one of collect's
-        if critic:
-            stats |= fit_critic(critic, batch, critic_optimizer, config, generators["update"])
-        weights = sum(p.detach().sum() for model in (policy, critic) if model for p in model.parameters())
-        check_finite(**stats, sum_of_the_weights=weights.item())  # NaN if any weight is
-        history.append({"iteration": iteration, **stats, "seconds": time.perf_counter() - start})
+        fit = fit_critic(critic, batch, critic_optimizer, config, generators["update"]) if critic else {}
+        row = one_row({"iteration": iteration}, stats, update, fit, {"seconds": time.perf_counter() - start})
+        total = sum(p.detach().sum() for model in (policy, critic) if model for p in model.parameters())
+        check_finite(**row, sum_of_the_weights=total.item())  # NaN if any weight is
+        history.append(row)
         write_table(run / "metrics.csv", history)
         print_iteration(history, config.iterations, warned)
         if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
@@ -789,7 +802,7 @@ def interval(values):
     n, mean = len(values), fmean(values)
     if n == 1 or not math.isfinite(mean):
         return mean, math.nan
-    quantile = T_QUANTILES[n - 2] if n <= 10 else 1.96 + 2.72 / (n - 1)  # correct to 0.01
+    quantile = T_QUANTILES[n - 2] if n <= 10 else 1.96 + 2.72 / (n - 1)  # correct to 0.011
     return mean, quantile * stdev(values) / math.sqrt(n)
 
 
@@ -822,10 +835,12 @@ def compare(runs, path):
         mean, half = interval(values)
         return f"{mean:.3f}" + f" ± {half:.3f}" * (len(values) > 1)
 
-    lines = [["", "runs", *titles.values(), "seconds"], ["---"] * (len(titles) + 3)]
+    lines = [["", "runs", "iterations", *titles.values(), "seconds"], ["---"] * (len(titles) + 4)]
     for label, group in groups.items():
+        iterations = " or ".join(sorted({str(len(metrics["reward"])) for _, metrics in group}))
         figures = [cell([result["after"][name] for result, _ in group]) for name in titles]
-        lines.append([label, str(len(group)), *figures, cell([result["seconds"] for result, _ in group])])
+        seconds = cell([result["seconds"] for result, _ in group])
+        lines.append([label, str(len(group)), iterations, *figures, seconds])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     table += "\n\nMean ± half of the 95% interval over seeds. KL, entropy: nats per token; length: tokens.\n"
     print(f"\n{table}")
@@ -884,9 +899,9 @@ def is_finished(config):
     if config.overwrite or not (run / "checkpoint.pt").exists():
         return None
     _, _, _, saved = load_checkpoint(run)
-    ignored = INCIDENTAL + INHERITED * bool(config.init)
+    ignored, before = INCIDENTAL + INHERITED * bool(config.init), asdict(Config()) | saved.get("config", {})
     for name, value in asdict(config).items():
-        if name not in ignored and saved.get("config", {}).get(name) != value:
+        if name not in ignored and before[name] != value:
             raise BadInput(f"{run} exists with another {flag(name)}: give another --name, or --overwrite")
     return (run / "result.json").exists()
 

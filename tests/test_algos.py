@@ -253,6 +253,14 @@ def test_an_infinite_gradient_of_a_finite_loss_moves_no_weight():
     assert model.w.item() == 0
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2), (2, 1), (2, 2, 1)])
+def test_a_loss_of_another_shape_than_the_actions_is_refused(shape):
+    """Some would be broadcast over the actions, and train in silence."""
+    model, mask = Linear(1), torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"loss must have the shape of the actions, \(2, 2\)"):
+        mean_gradient(model, lambda part: {"loss": model.w[0].expand(shape)}, Batch(*[mask] * 3), config(), 1)
+
+
 @pytest.mark.parametrize("update", [*UPDATES, fit_critic])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e308])
 def test_a_loss_that_is_not_finite_moves_no_weight(policy, update, value):

@@ -102,7 +102,7 @@ COMMANDS = """
     --resume config-torn => config-torn
     --eval good --task mine.py --lr 1 => --lr
     --plot metrics-words => metrics-words ; --plot result-torn => result-torn
-    rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere
+    rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere ; rollout good --prompt 'the ' => space
     --resume checkpoint-spy --task mine.py --iterations 3 => checkpoint-spy
     rollout checkpoint-malice => checkpoint.pt ; rollout checkpoint-spy => checkpoint.pt
 """

@@ -158,8 +158,9 @@ def test_the_table_has_means_and_intervals_over_seeds(tmp_path, capsys):
     assert table == cells((tmp_path / "both.md").read_text())
     a = "0.600 ± 1.271"  # 12.706 · 0.1414 / √2
     names = ("reward", "quality", "quality, greedy", "KL", "entropy", "length", "distinct pairs")
-    assert table == {"a + gae": {"runs": "2", **dict.fromkeys(names, a), "seconds": "3.000 ± 12.706"},
-                     "b + rloo": {"runs": "1", **dict.fromkeys(names, "4.000"), "seconds": "7.000"}}
+    both = dict(iterations="2")
+    assert table == {"a + gae": {"runs": "2", **both, **dict.fromkeys(names, a), "seconds": "3.000 ± 12.706"},
+                     "b + rloo": {"runs": "1", **both, **dict.fromkeys(names, "4.000"), "seconds": "7.000"}}
 
 
 def test_curves_are_drawn_with_matplotlib(tmp_path, monkeypatch):

@@ -125,14 +125,21 @@ def test_published_grpo_trains(tmp_path):
 
 
 def test_an_algorithm_and_an_estimator_of_ones_own_are_compared_with_the_others(tmp_path):
-    printed = run_example("own.py", tmp_path, "--algo", "awr,trpo", "--advantage", "mean", "--seeds", 2)
-    assert "| mine-awr-mean | 2 |" in printed and "| mine-trpo-mean | 2 |" in printed
-    assert all("explained_variance" in row for row in rows(tmp_path / "mine-awr-mean-1"))  # it has a critic
+    """Among them a run of train.py, which has no --max-weight: it counts as one with the default."""
+    train.main([*map(str, [*TINY, *SMALL, "--out", tmp_path, "--task", task_file(tmp_path)])])
+    options = "--algo", "awr,trpo", "--seeds", 2
+    assert f"mine-trpo-0 is finished" in run_example("own.py", tmp_path, *options, "--max-weight", 20)
+    printed = run_example("own.py", tmp_path, *options, "--advantage", "mean", "--max-weight", 3)
+    assert "| mine-awr + mean | 2 |" in printed and "| mine-trpo + mean | 2 |" in printed
+    assert json.loads((tmp_path / "mine-awr-mean-1" / "config.json").read_text())["max_weight"] == 3
+    assert not any("explained_variance" in row for row in rows(tmp_path / "mine-awr-mean-1"))  # no critic
 
 
 def test_advantage_weighted_regression_follows_its_gradient(monkeypatch):
     monkeypatch.setattr(train, "ALGOS", {**train.ALGOS})
     monkeypatch.setattr("advantage.ADVANTAGES", {**train.ADVANTAGES})
+    monkeypatch.setattr(train, "WITHOUT_CRITIC", train.WITHOUT_CRITIC)
+    monkeypatch.setattr(train, "Config", train.Config)
     own = runpy.run_path(str(EXAMPLES / "own.py"))
     logits = torch.zeros(1, 2, dtype=torch.float64)
     policy = torch.nn.Embedding.from_pretrained(logits.clone(), freeze=False)
@@ -141,7 +148,8 @@ def test_advantage_weighted_regression_follows_its_gradient(monkeypatch):
     advantages, targets = own["less_the_mean"](rewards, None, None, mask, None)
     assert advantages.tolist() == [[0.5, 0.5], [-0.5, 0]] and targets.tolist() == [[1.5, 1.5], [0.5, 0]]
     batch = Batch(torch.zeros_like(actions), actions, mask, advantages=advantages)
-    config = SimpleNamespace(temperature=1.0, micro_batch=1024, epochs=1, minibatches=1, max_grad_norm=1e9)
+    config = SimpleNamespace(temperature=1.0, micro_batch=1024, epochs=1, minibatches=1, max_grad_norm=1e9,
+                             max_weight=20)
     own["awr"](policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config)
     up = (math.exp(-0.5) * 0.5) / 3  # of action 0: the two actions of the first episode cancel out
     torch.testing.assert_close(policy.weight.detach(), torch.tensor([[up, -up]], dtype=torch.float64))

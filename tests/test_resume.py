@@ -81,6 +81,7 @@ def uninterrupted(out):
 
 def main_with_signal(argv, number, function, count, stderr):
     """train.main in a process that sends itself a signal at the count-th call of a function."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
     module, _, name = function.rpartition(".")
     module, calls = importlib.import_module(module), itertools.count(1)
     original = getattr(module, name)

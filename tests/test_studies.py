@@ -30,18 +30,18 @@ def test_every_figure_of_the_table_is_the_one_worked_out_by_hand(tmp_path):
     # The mean curves start at 0, 0.5 and 0; the best mean of five in a row is 1. So the goal is 11/12, which
     # only five ones in a row reach. Two values a and b have the interval ± 12.706 |a - b| / 2.
     assert cells(compare.table(runs)) == {
-        "p": {"runs": "2", "iterations": "15 ± 0", "final reward": "0.6 ± 1.3", "to 90%": "11 ± 13",
-              "KL of an update": "0.02 ± 0.13", "rejected": "", "halvings": "", "CG residual": "",
-              "clip fraction": "0.1 ± 1.3",
-              "reward over the iterations": "▁" * 5 + "▅" * 2 + "█" * 8 + " 0.000 to 1.000"},
-        "t": {"runs": "2", "iterations": "15 ± 0", "final reward": "0.9 ± 0", "to 90%": "5 (1 of 2)",
-              "KL of an update": "0.004 ± 0", "rejected": "0.1 ± 1.3", "halvings": "2 ± 0",
-              "CG residual": "0.5 ± 0", "clip fraction": "",
-              "reward over the iterations": "▅" * 11 + "█" * 4 + " 0.500 to 1.000"},
-        "low": {"runs": "1", "iterations": "15", "final reward": "0.5", "to 90%": "",
-                "KL of an update": "1e-05", "rejected": "", "halvings": "", "CG residual": "",
-                "clip fraction": "",
-                "reward over the iterations": "▁" * 5 + "▅" * 10 + " 0.000 to 0.500"}}
+        "p + gae": {"runs": "2", "iterations": "15 ± 0", "final reward": "0.6 ± 1.3", "to 90%": "11 ± 13",
+                    "KL of an update": "0.02 ± 0.13", "rejected": "", "halvings": "", "CG residual": "",
+                    "clip fraction": "0.1 ± 1.3",
+                    "reward over the iterations": "▁" * 5 + "▅" * 2 + "█" * 8 + " 0.000 to 1.000"},
+        "t + gae": {"runs": "2", "iterations": "15 ± 0", "final reward": "0.9 ± 0", "to 90%": "5 (1 of 2)",
+                    "KL of an update": "0.004 ± 0", "rejected": "0.1 ± 1.3", "halvings": "2 ± 0",
+                    "CG residual": "0.5 ± 0", "clip fraction": "",
+                    "reward over the iterations": "▅" * 11 + "█" * 4 + " 0.500 to 1.000"},
+        "low + gae": {"runs": "1", "iterations": "15", "final reward": "0.5", "to 90%": "",
+                    "KL of an update": "1e-05", "rejected": "", "halvings": "", "CG residual": "",
+                    "clip fraction": "",
+                    "reward over the iterations": "▁" * 5 + "▅" * 10 + " 0.000 to 0.500"}}
 
 
 @pytest.mark.parametrize("goal, rewards, iterations", [

@@ -246,11 +246,20 @@ def test_warnings_are_printed_once(rows, warning, capsys):
     assert [warning in line for line in printed] == [True] * (warning is not None)
 
 
-def test_an_algorithm_cannot_replace_a_statistic_of_the_episodes(out, monkeypatch):
-    monkeypatch.setitem(train.ALGOS, "mine", lambda *args: {"kl": 7.0, "own": 9.0})
-    assert go(out, "--algo", "mine", "--name", "columns", "--iterations", 1) is None
-    row, = rows(out / "columns")
-    assert float(row["kl"]) < 0.01 and row["own"] == "9"
+def test_advantages_that_are_not_finite_are_named(out, monkeypatch, capsys):
+    monkeypatch.setitem(train.ADVANTAGES, "mine", lambda rewards, *rest: (rewards / 0, rewards))
+    assert go(out, "--advantage", "mine", "--name", "nan", "--iterations", 1) == 3
+    assert "the mean of the advantages is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column, status", [("mine", None), ("kl", 2), ("iteration", 2), ("critic_loss", 2)])
+def test_an_algorithm_cannot_replace_a_column(out, monkeypatch, capsys, column, status):
+    monkeypatch.setitem(train.ALGOS, "mine", lambda *args: {column: 9.0})
+    assert go(out, "--algo", "mine", "--name", f"with-{column}", "--iterations", 1) == status
+    if status:
+        assert f"the column {column} already" in capsys.readouterr().err
+    else:
+        assert rows(out / f"with-{column}")[0][column] == "9"
 
 
 def test_an_existing_run_is_replaced_only_on_request(out, capsys):

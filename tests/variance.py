@@ -24,6 +24,7 @@ from rollout import load_checkpoint
 
 ESTIMATORS = {f"gae, λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)} | {
     "returns": dict(advantage="returns"),
+    "returns, whitened": dict(advantage="returns", whiten=1),
     "leave-one-out": dict(advantage="rloo"),
     "group-normalized": dict(advantage="grpo")}
 

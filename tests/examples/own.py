@@ -1,5 +1,9 @@
-"""An estimator and an algorithm of one's own: `python tests/examples/own.py --algo awr --advantage mean`."""
+"""An estimator, an algorithm and an option of one's own.
+
+`python tests/examples/own.py --algo awr --advantage mean --max-weight 10`.
+"""
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -7,6 +11,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
 from advantage import ADVANTAGES, batch_mean
 from algos import chosen, log_probs, mean_gradient, minibatches
+
+
+@dataclass
+class Config(train.Config):
+    max_weight: float = train.option(20.0, "largest weight exp(A) (awr)", low=0)
 
 
 def less_the_mean(rewards, scores, values, mask, config):
@@ -20,7 +29,7 @@ def awr(policy, batch, optimizer, config, generator=None):
     """Advantage-weighted regression: imitate each action with the weight exp(A). Peng et al. 2019."""
     def loss(part):
         logp = chosen(log_probs(policy, part.obs, config.temperature), part.actions)  # (b, T)
-        return {"loss": -part.advantages.exp().clamp(max=20) * logp}
+        return {"loss": -part.advantages.exp().clamp(max=config.max_weight) * logp}
 
     for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
         stats = mean_gradient(policy, loss, minibatch, config, config.max_grad_norm)
@@ -29,7 +38,9 @@ def awr(policy, batch, optimizer, config, generator=None):
 
 
 ADVANTAGES["mean"] = less_the_mean
+train.WITHOUT_CRITIC += ("mean",)  # it ignores the values
 train.ALGOS["awr"] = awr
+train.Config = Config
 
 if __name__ == "__main__":
     sys.exit(train.main())
