@@ -275,7 +275,7 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     Stops with what it has where the curvature pᵀA p is not positive: rounding, or A is not as promised.
     Hestenes & Stiefel 1952; for TRPO: Schulman et al. 2015, appendix C.
     """
-    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()  # p: the direction of the next step
     rr, enough = r @ r, tol * (b @ b)
     for _ in range(iters):
         if rr <= enough:  # at once where b = 0
@@ -284,10 +284,10 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
         curvature = p @ Ap
         if not curvature > 0:
             break
-        alpha = rr / curvature
+        alpha = rr / curvature  # the best length of a step along p
         x, r = x + alpha * p, r - alpha * Ap
         rr, rr_old = r @ r, rr
-        p = r + rr / rr_old * p
+        p = r + rr / rr_old * p  # conjugate to all before: pᵀA p' = 0, so that no step undoes another
     return x, r
 
 

@@ -382,7 +382,8 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
 def collect(task, policy, reference, critic, tokenizer, config, generators):
     """Sample this process's share of an iteration's episodes and judge them. Returns a Batch and statistics.
 
-    The statistics are over the episodes of all processes. The critic then predicts in units of these returns.
+    The statistics are over the episodes of all processes. Before it is asked for values, the critic gets the
+    units of these returns.
     """
     count = processes()[1]
     n = config.batch_size // config.group_size // count
@@ -474,8 +475,8 @@ def print_figures(task, columns):
     metric = metric_name(task)
     labels = {"reward": "reward", "reward_ci": "± (95%)", "true_reward": "true reward",
               "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats",
-              "entropy": "entropy, nats", "distinct_1": "different words, of 1,000",
-              "distinct_2": "different pairs, of 1,000", "length": "length, tokens", "ended": "ended"}
+              "entropy": "entropy, nats", "distinct_1": "share of distinct words",
+              "distinct_2": "share of distinct pairs", "length": "length, tokens", "ended": "ended"}
     print(f"\n{'on prompts held out of RL':25}" + "".join(f"{title:>10}" for title in columns))
     for name, label in labels.items():
         if name in next(iter(columns.values())):

@@ -233,6 +233,8 @@ def test_which_estimators_of_the_kl_have_its_gradient(texts):
     assert as_loss["k1"].norm() < 1e-9 * truth.norm()  # E[∇log π] = 0: it does nothing
     assert_equal(as_loss["k2"], as_loss["exact"])  # of the KL in the states as they are visited now, and
     assert_equal(as_loss["exact"] + as_reward["exact"], truth)  # of which states will be visited
+    # k3 as a reward: the states that follow, and in the action's own state ∇KL(π‖π_ref) - ∇KL(π_ref‖π)
+    assert_equal(as_reward["k3"], as_reward["exact"] + as_loss["exact"] - as_loss["k3"])
     wrong = [as_reward["k2"], as_reward["k3"], as_reward["exact"], as_loss["k2"], as_loss["k3"]]
     assert all((gradient - truth).norm() > 0.05 * truth.norm() for gradient in wrong)
 
