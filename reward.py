@@ -178,7 +178,7 @@ def score(function, prompts, completions):
         try:
             numbers.append(float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise BadTask(f"{returned}: it must return a number")
+            raise BadTask(f"{returned}: it must return a number, or for lists be marked @batched")
         if not abs(numbers[-1]) < 1e38:
             raise FloatingPointError(f"{returned}: it must return a finite number")
     return numbers

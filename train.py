@@ -282,7 +282,7 @@ def pretrained(config, task, device):
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, config.block_size)
     distinct, which = rows.unique(dim=0, return_inverse=True)  # rows = distinct[which]
     if len(distinct) < 2:
-        raise BadInput(f"the corpus of {config.task} needs two different texts, or a longer one")
+        raise BadInput(f"{config.task} needs a corpus of at least two different texts, or a longer one")
     shuffled = torch.randperm(len(distinct), generator=generator)
     held_out = torch.isin(which, shuffled[:min(1000, math.ceil(len(distinct) / 100))])  # with every copy
     maximize_likelihood(policy, rows[~held_out], config, generator)
@@ -717,7 +717,6 @@ def train(config, resume=False):
         reference = copy.deepcopy(policy)
         reward_model = learn_reward(task, policy, tokenizer, config, device)
     task = use_reward_model(task, reward_model, tokenizer)
-    reference.requires_grad_(False)
     critic = None if config.advantage in WITHOUT_CRITIC else Critic(policy.config, policy).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     critic_optimizer = critic and torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
@@ -964,8 +963,10 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print(f"\ninterrupted: --resume {run} continues a run after its last checkpoint; before its first, "
-              "or for several runs, give the same command again, without --overwrite", file=sys.stderr)
+        resume = f"--resume {run}" + f" --task {config.task}" * (config.task not in TASKS)
+        begun = not is_comparison(config, args) and (run / "checkpoint.pt").exists()
+        print("\ninterrupted: to go on,", resume if begun else "give the same command, without --overwrite",
+              file=sys.stderr)
         return 130
 
 

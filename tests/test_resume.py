@@ -137,7 +137,7 @@ def test_ctrl_c_names_the_ways_to_continue(out, interrupt, uninterrupted):
     run = out / "interrupted"
     argv = command(out, "--algo", "ppo", "--name", run.name)
     status, err = interrupt(argv, signal.SIGINT, "train.collect", 8)
-    assert status == 130 and f"--resume {run} continues" in err and err.count("\n") == 2
+    assert status == 130 and f"to go on, {' '.join(resume(run))}\n" in err and err.count("\n") == 2
     assert train.main(resume(run)) is None
     assert outcome(run) == uninterrupted("ppo")
 
@@ -147,7 +147,7 @@ def test_after_ctrl_c_in_pretraining_or_a_comparison_the_same_command_continues(
     for options, function in [((), "train.maximize_likelihood"), (("--seeds", 2), "train.fit_critic")]:
         argv = command(tmp_path, "--iterations", 1, *options)
         status, err = interrupt(argv, signal.SIGINT, function, 1)
-        assert status == 130 and "give the same command again" in err
+        assert status == 130 and "give the same command" in err
         assert train.main(argv) is None
 
 

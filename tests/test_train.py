@@ -246,6 +246,12 @@ def test_warnings_are_printed_once(rows, warning, capsys):
     assert [warning in line for line in printed] == [True] * (warning is not None)
 
 
+def test_an_evaluation_before_rl_is_one_after_no_iterations(out):
+    assert go(out, "--name", "none", "--iterations", 0, "--eval-episodes", 200) is None
+    result = json.loads((out / "none" / "result.json").read_text())
+    assert result["before"] == result["after"] and result["after"]["kl"] == 0
+
+
 def test_advantages_that_are_not_finite_are_named(out, monkeypatch, capsys):
     monkeypatch.setitem(train.ADVANTAGES, "mine", lambda rewards, *rest: (rewards / 0, rewards))
     assert go(out, "--advantage", "mine", "--name", "nan", "--iterations", 1) == 3
