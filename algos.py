@@ -3,10 +3,6 @@
 A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). Nothing
 here knows that the actions are tokens. A loss is a number for each action of a part of the batch;
 `mean_gradient` differentiates its mean over the actions of the whole batch.
-
-`config` needs micro_batch; policies: temperature; all but trpo: max_grad_norm; ppo: clip, epochs,
-minibatches, target_kl; trpo: delta, cg_iters, damping, fisher_fraction; fit_critic: critic_epochs,
-minibatches; fit_reward: reward_steps.
 """
 
 import copy
@@ -240,8 +236,8 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
 
     model: a Critic, whose value at a text's last token is its reward r. batch, heldout: Batches of
     comparisons, obs (N, T, 2): the tokens of the better and of the worse text, padded with -100. A comparison
-    counts once, so mask is True at a single column, the end of the longer text (up to which micro_batches
-    keeps the columns). Takes about reward_steps steps of 64 comparisons, in whole passes over the batch, and
+    counts once: mask is True at one column alone, the end of the longer text, since micro_batches cuts off
+    all after it. Takes about reward_steps steps of 64 comparisons, in whole passes over the batch, and
     keeps the weights of the pass that is best on heldout. Returns their loss and accuracy there.
     Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
     """
@@ -249,7 +245,7 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
         better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
         margin = better - worse
         found = {"loss": -F.logsigmoid(margin), "accuracy": 0.5 + 0.5 * margin.sign()}  # a tie is half right
-        # (b, T): a comparison's number in each of its columns, of which the mask chooses one
+        # mean_gradient wants a number for each column: the same in all, of which the mask chooses one
         return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}
 
     steps_in_a_pass, best = math.ceil(all_sum(batch.mask.sum()).item() / 64), {"loss": math.inf}
@@ -294,12 +290,11 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
 def fisher_vector_product(policy, batch, config):
     """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
 
-    The KL from π_old is zero here and so is its gradient; its Hessian is not: it is
-    F = E[Jᵀ (diag p - p pᵀ) J], where J is the derivative of a state's logits by the weights and p their
-    softmax: positive semi-definite, and without a second derivative by the weights.
-    Once for all products, a backward pass makes Jᵀu, with its graph, for a dummy u. Then a product takes two:
-    Jᵀu is linear in u, so that the gradient of (Jᵀu)·v by u is J v; and that of p by the weights, backwards
-    from J v, is Jᵀ (diag p - p pᵀ) J v.
+    The KL from π_old is zero here and so is its gradient; its Hessian is not. It is
+    F = E[Jᵀ (diag p - p pᵀ) J], with J = ∂logits/∂weights in a state and p their softmax: positive
+    semi-definite, and without a second derivative by the weights. Once for all products, a backward pass
+    makes Jᵀu, which is linear in a dummy u. Then a product takes two backward passes:
+    1. J v, the gradient of (Jᵀu)·v by u;  2. Jᵀ (diag p - p pᵀ) J v: J v sent back through the softmax.
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
     the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
     calculating Jacobian vector products".

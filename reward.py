@@ -1,8 +1,7 @@
 """Tasks: what to imitate, what to be prompted with, and what to be rewarded for.
 
 A built-in task is a function of a seed that returns a Task; `TASKS` names them. A task of your own is a
-Python file that defines the same names: corpus, prompts, heldout, reward and, optionally, metric. In place
-of a reward it may define preferences, from which one is learned.
+Python file that defines the same names.
 """
 
 import math
@@ -82,11 +81,6 @@ def length(target):
     def near(prompt, completion):
         return max(0.0, 1 - abs(len(words(completion)) - target) / target)
     return near
-
-
-def fluency(prompt, completion):
-    """The reference's mean log-likelihood per token of the completion, in nats, at most 0."""
-    return completion.fluency
 
 
 def batched(function):

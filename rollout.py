@@ -172,9 +172,9 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     truncated.
     Raises ValueError for an empty prompt, or one that leaves too little room in the context.
 
-    Prompts stand at the left without padding. Sampling starts at the end of the shortest prompt; where a
-    prompt is longer, its own next token is taken instead of the sampled one. So each row gets what it would
-    get alone, from its own random numbers.
+    Prompts stand at the left without padding. The loop starts at the end of the shortest prompt; a row whose
+    prompt is longer takes its own tokens until that ends. Random numbers belong to a row and its i-th choice,
+    not to a column, so that each row gets what it would get alone.
     """
     device, lengths = next(policy.parameters()).device, [len(prompt) for prompt in prompts]
     B, T = len(prompts), max(lengths) + max_new_tokens - 1  # T columns: column t chooses tokens[:, t+1]
@@ -188,13 +188,13 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     stop = start + max_new_tokens  # (B,) one past its last action; sooner once it chooses eos_token
     logprobs = next(policy.parameters()).new_zeros(B, T)
 
-    # Column t of uniforms is for action t: a row's i-th action gets its i-th number, whatever its neighbours.
+    # Column t is for action t: a row's i-th action gets its i-th number.
     uniforms = torch.ones(B, T, device=device)  # in (0, 1]
     random = 1 - torch.rand(B, max_new_tokens, generator=generator, device=device)
     uniforms.scatter_(1, start[:, None] + torch.arange(max_new_tokens, device=device), random)
 
     active = torch.arange(B, device=device)  # the rows in the cache: finished ones are dropped
-    cache, n_cached = policy.kv_cache(T + 1), 0
+    cache, n_cached = policy.kv_cache(), 0
     for t in range(min(lengths) - 1, T):
         logits = policy(tokens[active, n_cached:t + 1], cache)[:, -1]  # (active, V); at first many columns
         n_cached = t + 1

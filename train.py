@@ -100,7 +100,7 @@ class Config:
     lam: float = option(0.95, "lambda (gae)", 0, 1)
     whiten: int = option(1, "whiten the advantages: 0 or 1", 0, 1)
     # the updates
-    lr: float = option(1e-3, "Adam learning rate (reinforce, ppo)", 0)
+    lr: float = option(1e-3, "Adam learning rate (all but trpo)", 0)
     max_grad_norm: float = option(1.0, "gradient clipping: largest norm (all but trpo)", 0)
     epochs: int = option(4, "passes over the batch (ppo)", 1)
     minibatches: int = option(4, "minibatches per pass (ppo, critic)", 1)
@@ -464,12 +464,6 @@ def metric_name(task):
     return getattr(task.metric, "__name__", "metric").replace("<lambda>", "metric")
 
 
-def print_completions(before, after, count=6):
-    """Print completions of the same prompts before and after RL."""
-    for old, new in list(zip(before, after))[:count]:
-        print(f"\nbefore  {old['prompt']}{old['completion']}\nafter   {new['prompt']}{new['completion']}")
-
-
 def print_figures(task, columns):
     """Print the figures of `evaluate`. columns: {title: figures}."""
     metric = metric_name(task)
@@ -652,16 +646,6 @@ def begin(run, config, resume):
     write_json(run / "config.json", asdict(config))
 
 
-def one_row(*parts):
-    """The row of metrics.csv out of dicts of columns. Raises BadInput for a column that two of them have."""
-    row = {}
-    for part in parts:
-        for name in row.keys() & part.keys():
-            raise BadInput(f"metrics.csv has the column {name} already: rename what the algorithm returns")
-        row |= part
-    return row
-
-
 def random_generators(seed, iteration, device):
     """This process's generators of an iteration, one for each purpose, from those numbers alone."""
     rank = processes()[0]
@@ -684,12 +668,6 @@ def restore(modules, saved, path):
         raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
 
 
-def print_start(config, policy, device):
-    size, count = sum(p.numel() for p in policy.parameters()), processes()[1]
-    print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, {device}, "
-          f"{count} process{'es' * (count > 1)} of {torch.get_num_threads()} threads")
-
-
 def report(run, task, before, after, history, pretraining):
     """Write result.json, and print what RL changed. before, after: (figures, samples) of `evaluate`."""
     seconds = sum(row["seconds"] for row in history)
@@ -697,7 +675,8 @@ def report(run, task, before, after, history, pretraining):
         "metric": metric_name(task), "before": before[0], "after": after[0], "seconds": seconds,
         "pretraining": pretraining, "processes": processes()[1], "threads": torch.get_num_threads(),
         "torch": torch.__version__})
-    print_completions(before[1], after[1])
+    for old, new in list(zip(before[1], after[1]))[:6]:
+        print(f"\nbefore  {old['prompt']}{old['completion']}\nafter   {new['prompt']}{new['completion']}")
     print_figures(task, {"before": before[0], "after": after[0]})
     print(f"pretraining {pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run}")
 
@@ -744,14 +723,17 @@ def train(config, resume=False):
     begin(run, config, resume)
     save()
     log_evaluation(0, *before)
-    print_start(config, policy, device)
+    size, count = sum(p.numel() for p in policy.parameters()), processes()[1]
+    print(f"\n{config.algo} with {config.advantage} on {config.task}: {size:,} weights, {device}, "
+          f"{count} process{'es' * (count > 1)} of {torch.get_num_threads()} threads")
 
     for iteration in range(len(history) + 1, config.iterations + 1):
         start, generators = time.perf_counter(), random_generators(config.seed, iteration, device)
         batch, stats = collect(task, policy, reference, critic, tokenizer, config, generators)
         update = ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
         fit = fit_critic(critic, batch, critic_optimizer, config, generators["update"]) if critic else {}
-        row = one_row({"iteration": iteration}, stats, update, fit, {"seconds": time.perf_counter() - start})
+        seconds = time.perf_counter() - start
+        row = dict(iteration=iteration, **stats, **update, **fit, seconds=seconds)  # a column once
         total = sum(p.detach().sum() for model in (policy, critic) if model for p in model.parameters())
         check_finite(**row, sum_of_the_weights=total.item())  # NaN if any weight is
         history.append(row)

@@ -12,7 +12,7 @@ import torch
 
 from helpers import TASK, task_file
 from reward import (BAD, GOOD, HATED, LOVED, REVIEWS, TASKS, BadTask, Grammar, Text, accuracy, batched,
-                    careless_sum, contains, distinct_n, fluency, length, load_task, opinion, repetition,
+                    careless_sum, contains, distinct_n, length, load_task, opinion, repetition,
                     score, words)
 
 
@@ -45,7 +45,7 @@ def test_distinct_n_does_not_depend_on_the_length_or_number_of_texts():
     (repetition, "", "a b " + " ".join(map(str, range(18))) + " a b", pytest.approx(1 / 21)),
     (repetition, "", "a b " + " ".join(map(str, range(19))) + " a b", 0),  # more than 20 pairs apart
     (contains("Hello"), "", "Oh HELLO!", 1), (contains("hell"), "", "hello", 1),
-    (contains("hello"), "hello", "hi there", 0), (fluency, "", Text("abc", fluency=-1.5), -1.5),
+    (contains("hello"), "hello", "hi there", 0),
     *((length(4), "", "w " * n, value) for n, value in [(0, 0), (2, 0.5), (4, 1), (6, 0.5), (20, 0)]),
     *((accuracy, Text("27+58=", answer="85"), text, text == "85")
       for text in ("85", "75", "", "085", " 85", "85 ", "850")),

@@ -258,14 +258,14 @@ def test_advantages_that_are_not_finite_are_named(out, monkeypatch, capsys):
     assert "the mean of the advantages is " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("column, status", [("mine", None), ("kl", 2), ("iteration", 2), ("critic_loss", 2)])
-def test_an_algorithm_cannot_replace_a_column(out, monkeypatch, capsys, column, status):
-    monkeypatch.setitem(train.ALGOS, "mine", lambda *args: {column: 9.0})
-    assert go(out, "--algo", "mine", "--name", f"with-{column}", "--iterations", 1) == status
-    if status:
-        assert f"the column {column} already" in capsys.readouterr().err
-    else:
-        assert rows(out / f"with-{column}")[0][column] == "9"
+def test_an_algorithm_cannot_replace_a_column(out, monkeypatch):
+    monkeypatch.setitem(train.ALGOS, "mine", lambda *args: {"mine": 9.0})
+    assert go(out, "--algo", "mine", "--name", "columns", "--iterations", 1) is None
+    assert rows(out / "columns")[0]["mine"] == "9"
+    for column in ("kl", "iteration", "critic_loss", "seconds"):
+        monkeypatch.setitem(train.ALGOS, "mine", lambda *args: {column: 9.0})
+        with pytest.raises(TypeError, match=column):
+            go(out, "--algo", "mine", "--name", column, "--iterations", 1)
 
 
 def test_an_existing_run_is_replaced_only_on_request(out, capsys):
@@ -691,9 +691,9 @@ def reward(prompt, completion):
 
 
 @pytest.mark.parametrize("options, value, status, says", [
-    (("--pretrain-steps", 1), "float('nan')", 3, "reward returned .*number"),
-    (("--pretrain-steps", 1), "None", 2, "reward returned .*number"),
-    (("--pretrain-steps", 1), "'good'", 2, "reward returned .*number"),
+    (("--pretrain-steps", 1), "float('nan')", 3, "reward returned .*number.*"),
+    (("--pretrain-steps", 1), "None", 2, "reward returned .*number.*"),
+    (("--pretrain-steps", 1), "'good'", 2, "reward returned .*number.*"),
     (("--pretrain-lr", 1e9), "1", 3, "the .* is (nan|inf): .*"),
 ])
 def test_what_fails_before_rl_leaves_no_run(tmp_path, capsys, options, value, status, says):
