@@ -38,20 +38,25 @@ class GPTConfig:
 class KVCache:
     """The keys and values of one attention layer for the S tokens read so far: k and v (B, H, S, D)."""
 
-    def __init__(self):
-        self.k = self.v = None
-        self.length = 0  # S
+    def __init__(self, max_length):
+        self.max_length, self.length = max_length, 0
+        self.k = self.v = None  # made by the first append, which knows B, H and D
 
     def append(self, k, v):
         """Store the keys and values (B, H, T, D) of T new tokens. Returns those of all, (B, H, S, D) each."""
-        self.k = k if self.length == 0 else torch.cat([self.k, k], dim=2)
-        self.v = v if self.length == 0 else torch.cat([self.v, v], dim=2)
-        self.length += k.shape[2]
-        return self.k, self.v
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = (k.new_empty(B, H, self.max_length, D) for _ in range(2))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
     def keep_rows(self, rows):
         """Drop all sequences of the batch but these. rows: (B',) indices."""
-        self.k, self.v = self.k[rows], self.v[rows]
+        k, v = self.k[rows, :, :self.length], self.v[rows, :, :self.length]
+        self.length = 0
+        self.append(k, v)
 
 
 class CausalSelfAttention(nn.Module):
@@ -143,9 +148,9 @@ class GPT(nn.Module):
         embedding, x = self.transformer.wte.weight, self.transformer(tokens, cache)  # (V, C), (B, T, C)
         return F.linear(x[:, -1:] if cache else x, embedding)
 
-    def kv_cache(self):
-        """An empty cache: one KVCache per layer."""
-        return [KVCache() for _ in range(self.config.n_layer)]
+    def kv_cache(self, max_length):
+        """An empty cache for sequences of at most max_length tokens: one KVCache per layer."""
+        return [KVCache(max_length) for _ in range(self.config.n_layer)]
 
 
 class Critic(nn.Module):

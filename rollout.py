@@ -194,7 +194,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     uniforms.scatter_(1, start[:, None] + torch.arange(max_new_tokens, device=device), random)
 
     active = torch.arange(B, device=device)  # the rows in the cache: finished ones are dropped
-    cache, n_cached = policy.kv_cache(), 0
+    cache, n_cached = policy.kv_cache(T + 1), 0
     for t in range(min(lengths) - 1, T):
         logits = policy(tokens[active, n_cached:t + 1], cache)[:, -1]  # (active, V); at first many columns
         n_cached = t + 1

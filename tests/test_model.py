@@ -51,7 +51,7 @@ def test_policy_equals_the_transformer_of_torch(policy):
 
 @pytest.mark.parametrize("cuts", [[8], [1] * 8, [5, 1, 1, 1], [3, 4, 1]])
 def test_cached_decoding_equals_the_full_forward(policy, cuts):
-    cache, logits = policy.kv_cache(), policy(TOKENS)
+    cache, logits = policy.kv_cache(T), policy(TOKENS)
     for part in TOKENS[:, :8].split(cuts, dim=1):
         newest = policy(part, cache)  # the logits of the last token
         torch.testing.assert_close(newest, logits[:, cache[0].length - 1:cache[0].length])
@@ -62,7 +62,7 @@ def test_cached_decoding_equals_the_full_forward(policy, cuts):
 
 
 def test_more_tokens_than_the_context_are_refused(policy):
-    cache = policy.kv_cache()
+    cache = policy.kv_cache(T)
     policy(TOKENS, cache)
     for arguments in [(torch.zeros(1, T + 1, dtype=torch.long),), (TOKENS[:, :1], cache)]:
         with pytest.raises(ValueError, match="13 tokens do not fit the context of 12"):
