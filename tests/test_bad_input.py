@@ -19,12 +19,12 @@ from model import GPT, GPTConfig, save_gpt2
 TASKS = {
     "lacks": ("prompts = ['a']", "does not define heldout, reward"),
     "brief": (TASK + "corpus = 'one line'", "two different texts"),
-    "wide": (TASK + "heldout = ['the ' * 30]", "context"),
+    "wide": (TASK + "heldout = ['the' + ' the' * 30]", "context"),
     "blank": (TASK + "heldout = ['']", "empty"),
     "onesided": (TASK + "preferences = [('the cat', 'sat')]", "(prompt, better, worse)"),
     "tie": (TASK + "preferences = [('the cat', 'sat', 'sat')]", "the same text twice"),
     "few": (TASK + "preferences = [('the cat', 'sat', 'ran')] * 9", "two different prompts"),
-    "long": (TASK + "preferences = [('the ' * 30, 'a', 'b'), ('the cat', 'a', 'b')]", "context"),
+    "long": (TASK + "preferences = [('the' + ' the' * 30, 'a', 'b'), ('the cat', 'a', 'b')]", "context"),
 }
 
 
