@@ -78,8 +78,8 @@ def mean_gradient(model, loss, batch, config, max_grad_norm):
 
     loss: a part of the batch -> {"loss": (b, T), …}, of which the loss alone is differentiated.
     Returns the means as numbers, and grad_norm, which the gradient had before it was clipped to
-    max_grad_norm. Raises FloatingPointError where the loss or its gradient is not finite, ValueError for
-    another shape.
+    max_grad_norm. Raises FloatingPointError where the loss or its gradient is not finite, ValueError where
+    what loss returns has another shape.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:

@@ -1,7 +1,7 @@
 """Tasks: what to imitate, what to be prompted with, and what to be rewarded for.
 
 A built-in task is a function of a seed that returns a Task; `TASKS` names them. A task of your own is a
-Python file that defines the same names.
+Python file that defines its fields: prompts, heldout, reward or preferences and, optionally, others.
 """
 
 import math

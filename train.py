@@ -703,7 +703,7 @@ def train(config, resume=False):
     history, evaluations = [], {}  # the rows of metrics.csv; those of eval.csv by iteration
     if resume:
         history, evaluations, pretraining = restore(modules, saved, checkpoint)
-        finished = (run / "result.json").exists()  # else the last steps may be missing
+        finished = (run / "result.json").exists()  # else its last evaluation is missing
         if config.iterations < len(history) + finished:
             raise BadInput(f"{run} has done {len(history)} iterations: give more --iterations")
     before = evaluate(task, reference, reference, tokenizer, config)
@@ -733,7 +733,8 @@ def train(config, resume=False):
         update = ALGOS[config.algo](policy, batch, optimizer, config, generators["update"])
         fit = fit_critic(critic, batch, critic_optimizer, config, generators["update"]) if critic else {}
         seconds = time.perf_counter() - start
-        row = dict(iteration=iteration, **stats, **update, **fit, seconds=seconds)  # a column once
+        # A TypeError where an algorithm's column has the name of another.
+        row = dict(iteration=iteration, **stats, **update, **fit, seconds=seconds)
         total = sum(p.detach().sum() for model in (policy, critic) if model for p in model.parameters())
         check_finite(**row, sum_of_the_weights=total.item())  # NaN if any weight is
         history.append(row)
@@ -946,9 +947,10 @@ def main(argv=None):
         return 3
     except KeyboardInterrupt:
         resume = f"--resume {run}" + f" --task {config.task}" * (config.task not in TASKS)
-        begun = not is_comparison(config, args) and (run / "checkpoint.pt").exists()
-        print("\ninterrupted: to go on,", resume if begun else "give the same command, without --overwrite",
-              file=sys.stderr)
+        one_run = not (args.eval or args.plot or is_comparison(config, args))
+        begun = one_run and (run / "checkpoint.pt").exists()
+        print("\ninterrupted: to go on,",
+              resume if begun else "give the same command again, without --overwrite", file=sys.stderr)
         return 130
 
 

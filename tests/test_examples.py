@@ -128,7 +128,7 @@ def test_an_algorithm_and_an_estimator_of_ones_own_are_compared_with_the_others(
     """Among them a run of train.py, which has no --max-weight: it counts as one with the default."""
     train.main([*map(str, [*TINY, *SMALL, "--out", tmp_path, "--task", task_file(tmp_path)])])
     options = "--algo", "awr,trpo", "--seeds", 2
-    assert f"mine-trpo-0 is finished" in run_example("own.py", tmp_path, *options, "--max-weight", 20)
+    assert "mine-trpo-0 is finished" in run_example("own.py", tmp_path, *options, "--max-weight", 20)
     printed = run_example("own.py", tmp_path, *options, "--advantage", "mean", "--max-weight", 3)
     assert "| mine-awr + mean | 2 |" in printed and "| mine-trpo + mean | 2 |" in printed
     assert json.loads((tmp_path / "mine-awr-mean-1" / "config.json").read_text())["max_weight"] == 3

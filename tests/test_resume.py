@@ -147,7 +147,7 @@ def test_after_ctrl_c_in_pretraining_or_a_comparison_the_same_command_continues(
     for options, function in [((), "train.maximize_likelihood"), (("--seeds", 2), "train.fit_critic")]:
         argv = command(tmp_path, "--iterations", 1, *options)
         status, err = interrupt(argv, signal.SIGINT, function, 1)
-        assert status == 130 and "give the same command" in err
+        assert status == 130 and "give the same command again" in err
         assert train.main(argv) is None
 
 

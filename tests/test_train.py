@@ -252,6 +252,12 @@ def test_an_evaluation_before_rl_is_one_after_no_iterations(out):
     assert result["before"] == result["after"] and result["after"]["kl"] == 0
 
 
+def test_an_estimator_of_ones_own_has_a_critic(out, monkeypatch):
+    monkeypatch.setitem(train.ADVANTAGES, "mine", lambda rewards, *rest: (rewards, rewards))
+    assert go(out, "--advantage", "mine", "--name", "mine", "--iterations", 1) is None
+    assert "explained_variance" in rows(out / "mine")[0]
+
+
 def test_advantages_that_are_not_finite_are_named(out, monkeypatch, capsys):
     monkeypatch.setitem(train.ADVANTAGES, "mine", lambda rewards, *rest: (rewards / 0, rewards))
     assert go(out, "--advantage", "mine", "--name", "nan", "--iterations", 1) == 3
@@ -691,9 +697,9 @@ def reward(prompt, completion):
 
 
 @pytest.mark.parametrize("options, value, status, says", [
-    (("--pretrain-steps", 1), "float('nan')", 3, "reward returned .*number.*"),
-    (("--pretrain-steps", 1), "None", 2, "reward returned .*number.*"),
-    (("--pretrain-steps", 1), "'good'", 2, "reward returned .*number.*"),
+    (("--pretrain-steps", 1), "float('nan')", 3, "reward returned .*it must return a finite number"),
+    (("--pretrain-steps", 1), "None", 2, "reward returned .*it must return a number, .*@batched"),
+    (("--pretrain-steps", 1), "'good'", 2, "reward returned .*it must return a number, .*@batched"),
     (("--pretrain-lr", 1e9), "1", 3, "the .* is (nan|inf): .*"),
 ])
 def test_what_fails_before_rl_leaves_no_run(tmp_path, capsys, options, value, status, says):

@@ -6,7 +6,7 @@ from pathlib import Path
 from reward import contains, repetition
 
 text = Path("story.txt").read_text(encoding="utf-8")
-corpus = text.split("\n\n")  # paragraphs, where an empty line ends each: three will do, or a whole book
+corpus = text.split("\n\n")  # paragraphs, each ended by an empty line: two dozen, or a whole book
 openings = sorted({" ".join(paragraph.split()[:3]) for paragraph in corpus if len(paragraph.split()) > 9})
 random.Random(0).shuffle(openings)
 prompts, heldout = openings[10:], openings[:10]
