@@ -1,4 +1,4 @@
-"""REINFORCE, PPO and TRPO, and the fits of the critic and of a reward model.
+"""REINFORCE, PPO and TRPO, and the fit of the critic.
 
 A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). Nothing
 here knows that the actions are tokens. A loss is a number for each action of a part of the batch;
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from advantage import all_sum, masked_mean, mean_and_variance, processes
@@ -229,36 +228,6 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
         losses.append(mean_gradient(critic, loss, minibatch, config, config.max_grad_norm)["loss"])
         optimizer.step()
     return {"critic_loss": fmean(losses), "explained_variance": 1 - unexplained.item()}
-
-
-def fit_reward(model, batch, heldout, optimizer, config, generator=None):
-    """Fit a reward model to comparisons by maximum likelihood: loss -log σ(r(better) - r(worse)).
-
-    model: a Critic, whose value at a text's last token is its reward r. batch, heldout: Batches of
-    comparisons, obs (N, T, 2): the tokens of the better and of the worse text, padded with -100. A comparison
-    counts once: mask is True at one column alone, the end of the longer text, since micro_batches cuts off
-    all after it. Takes about reward_steps steps of 64 comparisons, in whole passes over the batch, and
-    keeps the weights of the pass that is best on heldout. Returns their loss and accuracy there.
-    Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
-    """
-    def loss(part):
-        better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
-        margin = better - worse
-        found = {"loss": -F.logsigmoid(margin), "accuracy": 0.5 + 0.5 * margin.sign()}  # a tie is half right
-        # mean_gradient wants a number for each column: the same in all, of which the mask chooses one
-        return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}
-
-    steps_in_a_pass, best = math.ceil(all_sum(batch.mask.sum()).item() / 64), {"loss": math.inf}
-    for _ in range(max(1, round(config.reward_steps / steps_in_a_pass))):
-        for minibatch in minibatches(batch, 1, steps_in_a_pass, generator):
-            mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
-            optimizer.step()
-        found = means_in_parts(loss, heldout, config)
-        if found["loss"] < best["loss"]:
-            best, weights = found, copy.deepcopy(model.state_dict())
-    check_finite(**best)
-    model.load_state_dict(weights)
-    return best
 
 
 # Second order.

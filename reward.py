@@ -4,6 +4,7 @@ A built-in task is a function of a seed that returns a Task; `TASKS` names them.
 Python file that defines its fields: prompts, heldout, reward or preferences and, optionally, others.
 """
 
+import copy
 import math
 import random
 import re
@@ -13,23 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from advantage import all_sum, batch_mean, processes
+from algos import Batch, check_finite, mean_gradient, means_in_parts, minibatches
+from model import BadInput, Critic
+from rollout import Text, check_fit, complete
+
 
 class BadTask(ValueError):
     """A task that cannot be used. The message is one line that says why."""
-
-
-class Text(str):
-    """A string that carries attributes: Text("7+5=", answer="12").answer is "12".
-
-    A prompt may carry what its reward compares with. A completion carries `length`, its number of tokens with
-    the end of text; `ended`, whether it chose the end of text; and `fluency`, the mean log-likelihood per
-    token, in nats, under the reference: the policy as it was before RL, at the run's temperature.
-    """
-
-    def __new__(cls, text, **attributes):
-        self = super().__new__(cls, text)
-        vars(self).update(attributes)
-        return self
 
 
 @dataclass(frozen=True)
@@ -196,6 +192,152 @@ def annotate(annotator, prompts, first, second, rng):
         if a != b:
             comparisons.append((prompt, better, worse))
     return comparisons
+
+
+# A reward learned from comparisons.
+
+def whole_texts(prompts, completions, tokenizer, block_size):
+    """Prompts with their completions and, unless completion.ended is False, the end of text, as tokens.
+
+    Returns (B, T) int64, padded with -100, T ≤ block_size: what exceeds the context is cut off.
+    """
+    rows = []
+    for prompt, completion in zip(prompts, completions):
+        end = [tokenizer.eos_token] * getattr(completion, "ended", True)
+        tokens = tokenizer.encode(prompt) + tokenizer.encode(completion) + end
+        rows.append(torch.tensor(tokens[:block_size]))
+    return pad_sequence(rows, batch_first=True, padding_value=-100)
+
+
+def learned_reward(model, tokenizer):
+    """The reward function of a reward model, a Critic that is read at the last token of the text."""
+    @batched
+    @torch.no_grad()
+    def learned(prompts, completions):
+        tokens = whole_texts(prompts, completions, tokenizer, model.transformer.config.block_size)
+        rows = max(1, 2 ** 14 // tokens.shape[1])  # at once
+        return [r for part in tokens.to(model.mean.device).split(rows) for r in model.at_end(part).tolist()]
+    return learned
+
+
+def to_batch(comparisons, tokenizer, block_size, device):
+    """Comparisons [(prompt, better, worse)] as a Batch for `fit_reward`."""
+    prompts, better, worse = zip(*comparisons)
+    tokens = whole_texts(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
+    obs = torch.stack(tokens.chunk(2), -1)  # (N, T, 2)
+    end = (obs >= 0).any(-1).sum(1, keepdim=True) - 1  # (N, 1) the last column of the longer text
+    return Batch(obs, None, mask=torch.arange(obs.shape[1], device=device) == end)
+
+
+def choose_comparisons(task, tokenizer, config, block_size):
+    """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
+    n = min(config.comparisons, len(task.preferences))
+    chosen = random.Random(config.seed).sample(task.preferences, n)
+    check_fit({prompt for prompt, *_ in chosen}, tokenizer, 1, block_size)
+    for prompt, *two in chosen:
+        n = len(tokenizer.encode(prompt)) + max(len(tokenizer.encode(text)) for text in two) + 1
+        if n > block_size:
+            raise BadInput(f"a preference for the prompt {prompt!r} has {n} tokens, its end included, which "
+                           f"exceed the context of {block_size}: shorten it, or give a larger --block-size")
+    return chosen
+
+
+def hold_out(comparisons, prompts, seed):
+    """(comparisons of nine tenths of the prompts, those of the others), at random."""
+    prompts = sorted({*prompts})
+    others = {*random.Random(seed).sample(prompts, math.ceil(len(prompts) / 10))}
+    return ([comparison for comparison in comparisons if comparison[0] not in others],
+            [comparison for comparison in comparisons if comparison[0] in others])
+
+
+def fit_reward(model, batch, heldout, optimizer, config, generator=None):
+    """Fit a reward model to comparisons by maximum likelihood: loss -log σ(r(better) - r(worse)).
+
+    model: a Critic, whose value at a text's last token is its reward r. batch, heldout: Batches of
+    comparisons, obs (N, T, 2): the tokens of the better and of the worse text, padded with -100. A comparison
+    counts once: mask is True at one column alone, the end of the longer text, since micro_batches cuts off
+    all after it. Takes about reward_steps steps of 64 comparisons, in whole passes over the batch, and
+    keeps the weights of the pass that is best on heldout. Returns their loss and accuracy there.
+    Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
+    """
+    def loss(part):
+        better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
+        margin = better - worse
+        found = {"loss": -F.logsigmoid(margin), "accuracy": 0.5 + 0.5 * margin.sign()}  # a tie is half right
+        # mean_gradient wants a number for each column: the same in all, of which the mask chooses one
+        return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}
+
+    steps_in_a_pass, best = math.ceil(all_sum(batch.mask.sum()).item() / 64), {"loss": math.inf}
+    for _ in range(max(1, round(config.reward_steps / steps_in_a_pass))):
+        for minibatch in minibatches(batch, 1, steps_in_a_pass, generator):
+            mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
+            optimizer.step()
+        found = means_in_parts(loss, heldout, config)
+        if found["loss"] < best["loss"]:
+            best, weights = found, copy.deepcopy(model.state_dict())
+    check_finite(**best)
+    model.load_state_dict(weights)
+    return best
+
+
+def standardize(model, rewards):
+    """Rescale a reward model so that these rewards (of all processes) get mean 0 and standard deviation 1."""
+    rewards = torch.tensor(rewards, device=model.mean.device)
+    mean = batch_mean(rewards)
+    std = batch_mean((rewards - mean) ** 2).sqrt().clamp(min=1e-8)
+    model.mean.copy_((model.mean - mean) / std)
+    model.std.copy_(model.std / std)
+
+
+def learn_reward(task, policy, tokenizer, config, generators):
+    """The reward model: the policy's trunk with a scalar head, fitted to the task's preferences, and frozen.
+
+    A tenth of the prompts is held out of the fit. Its rewards have mean 0 and standard deviation 1 on the
+    policy's completions. None where the task has no preferences. Raises BadInput, BadTask.
+    """
+    if task.preferences is None:
+        return None
+    (rank, count), block_size = processes(), policy.config.block_size
+    annotated = callable(task.preferences)
+    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, block_size)
+    n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for mean and deviation
+    purpose = "to be compared" if annotated else "for the mean and spread of rewards"
+    print(f"reward model: two completions of {n * count} prompts, {purpose}", flush=True)
+    index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
+    prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
+    texts, _, _ = complete(policy, policy, prompts, tokenizer, config, config.temperature,
+                           generators["sample"])
+    if annotated:
+        comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
+                               random.Random(f"{config.seed} {rank}"))
+        fitted, test = hold_out(comparisons, task.prompts, config.seed)
+    else:
+        comparisons = choose_comparisons(task, tokenizer, config, block_size)
+        fitted, test = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
+        fitted, test = fitted[rank::count], test[rank::count]  # this process's share
+    if not (fitted and test):
+        raise BadInput("there are too few comparisons to hold some out: give more, of more prompts")
+    print(f"reward model: {len(fitted)} comparisons and {len(test)} held out" + " per process" * (count > 1))
+
+    device = next(policy.parameters()).device
+    model = Critic(policy.config, policy).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
+    batches = [to_batch(part, tokenizer, block_size, device) for part in (fitted, test)]
+    found = fit_reward(model, *batches, optimizer, config, generators["update"])
+    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on those held out, of a "
+          "tenth of the prompts")
+    standardize(model, learned_reward(model, tokenizer)(prompts, texts))
+    return model.requires_grad_(False)
+
+
+def use_reward_model(task, model, tokenizer):
+    """The task with the model's reward; its own, if any, is then its true_reward. Raises BadInput."""
+    if task.preferences is None:
+        return task
+    if model is None:
+        raise BadInput("the task has preferences, but the run has no reward model: train a new one")
+    learned = learned_reward(model, tokenizer)
+    return replace(task, reward=learned, metric=task.metric or learned, true_reward=task.reward)
 
 
 # Grammars, out of which two of the tasks make their corpus.

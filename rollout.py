@@ -1,122 +1,19 @@
-"""Text to tokens, tokens to episodes: the tokenizer, and `sample`, which lets a policy act. Then checkpoints.
+"""Episodes: `sample`, which lets a policy act, and `run_episodes`, which compares it with the reference.
 
 `python rollout.py runs/NAME --prompt "the acting was"` samples from a trained policy; `--help` lists the
 options.
 """
 
 import argparse
-import contextlib
 import math
-import os
 import signal
 import sys
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import regex  # comes with tiktoken: re has no \p{L}
-import tiktoken
 import torch
 
-from advantage import processes
-from model import GPT, BadInput, Critic, GPTConfig, load_gpt2, save_gpt2
-
-# How a text is split into words, within which BPE merges bytes: contractions; letters, digits or signs with
-# the space before them; spaces. In ours a Chinese character is a word, so that a prompt that ends after one
-# has the tokens that it has within a longer text.
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-OUR_SPLIT = GPT2_SPLIT.replace(r" ?\p{L}+", r"\p{Han}| ?(?:(?!\p{Han})\p{L})+")
-SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
-
-
-def learn_merges(texts, most):
-    """Byte-pair encoding: merge the most frequent pair of neighbours within a word into a token, and repeat.
-
-    Returns the tokens, as bytes, in the order of their merges: at most `most`, fewer where no pair is left.
-    Sennrich et al. 2016, algorithm 1, with the counts of the pairs kept up to date.
-    """
-    words = Counter(word for text in texts for word in regex.findall(OUR_SPLIT, text))
-    pieces = {word: [bytes([byte]) for byte in word.encode()] for word in words}
-    counts, found_in = Counter(), defaultdict(set)  # of each pair of neighbours: how often, in which words
-
-    def count(word, sign):
-        for pair in zip(pieces[word], pieces[word][1:]):
-            counts[pair] += sign * words[word]
-            found_in[pair].add(word)
-
-    for word in words:
-        count(word, 1)
-    tokens = []
-    while len(tokens) < most and any(counts.values()):
-        pair = max(counts, key=lambda pair: (counts[pair], pair))  # a tie is broken by the order of bytes
-        tokens.append(pair[0] + pair[1])
-        for word in found_in[pair].copy():
-            count(word, -1)
-            piece, i = pieces[word], 0
-            while i < len(piece) - 1:
-                if (piece[i], piece[i + 1]) == pair:
-                    piece[i:i + 2] = [tokens[-1]]
-                i += 1
-            count(word, 1)
-        del counts[pair], found_in[pair]
-    return tokens
-
-
-class Tokenizer:
-    """text <-> tokens: byte-pair encoding over bytes, so that every text has tokens, and an end of text.
-
-    `learn` learns a vocabulary from a corpus, offline; `gpt2` is GPT-2's.
-    Sennrich et al. 2016; Radford et al. 2019.
-    """
-
-    def __init__(self, encoding):
-        self.encoding, self.name = encoding, encoding.name
-        self.eos_token, self.vocab_size = encoding.eot_token, encoding.n_vocab
-
-    @classmethod
-    def learn(cls, texts, vocab_size):
-        """Learn at most vocab_size ≥ 257 tokens: 256 bytes, merges, the end of text."""
-        return cls.from_merges(learn_merges(texts, vocab_size - 257))
-
-    @classmethod
-    def from_merges(cls, merges):
-        """merges: the tokens of more than one byte, as bytes, in the order in which they were learned."""
-        tokens = [*(bytes([i]) for i in range(256)), *merges]
-        return cls.from_state({"name": "bpe", "tokens": [token.hex() for token in tokens]})
-
-    def state(self):
-        """The whole vocabulary as plain data, for `from_state`."""
-        tokens = map(self.encoding.decode_single_token_bytes, range(self.eos_token))
-        return {"name": self.name, "tokens": [token.hex() for token in tokens]}
-
-    @classmethod
-    def from_state(cls, state):
-        ranks = {bytes.fromhex(token): i for i, token in enumerate(state["tokens"])}
-        if len(ranks) < len(state["tokens"]) or not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError("a vocabulary must hold each byte, and no token twice")
-        return cls(tiktoken.Encoding(state["name"], pat_str=SPLITS[state["name"]], mergeable_ranks=ranks,
-                                     special_tokens={"<|endoftext|>": len(ranks)}))
-
-    @classmethod
-    def gpt2(cls):
-        """GPT-2's vocabulary, which tiktoken downloads at its first use. Raises BadInput."""
-        try:
-            return cls(tiktoken.get_encoding("gpt2"))
-        except Exception as e:  # whatever the network or the cache can raise
-            raise BadInput(f"cannot load GPT-2's vocabulary ({type(e).__name__}): let tiktoken download it "
-                           "where there is a network, and set TIKTOKEN_CACHE_DIR to its folder")
-
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)
-
-    def decode(self, tokens):
-        return self.encoding.decode([t for t in tokens if t != self.eos_token])
-
-    def token_bytes(self):
-        """The bytes in each token (vocab_size,); the end of text counts as one, as a newline would."""
-        sizes = [len(self.encoding.decode_single_token_bytes(token)) for token in range(self.vocab_size)]
-        sizes[self.eos_token] = 1
-        return torch.tensor(sizes)
+from algos import Batch, chosen, entropy, in_parts, kl_divergence, log_probs
+from model import BadInput, load_checkpoint, save_gpt2
 
 
 @dataclass
@@ -222,6 +119,62 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     return Rollout(tokens[:, :longest + 1], mask, logprobs[:, :longest])
 
 
+class Text(str):
+    """A string that carries attributes: Text("7+5=", answer="12").answer is "12".
+
+    A prompt may carry what its reward compares with. A completion carries `length`, its number of tokens with
+    the end of text; `ended`, whether it chose the end of text; and `fluency`, the mean log-likelihood per
+    token, in nats, under the reference: the policy as it was before RL, at the run's temperature.
+    """
+
+    def __new__(cls, text, **attributes):
+        self = super().__new__(cls, text)
+        vars(self).update(attributes)
+        return self
+
+
+@torch.no_grad()
+def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
+    """Let the policy complete the prompts, and compare it with the reference.
+
+    temperature: of sampling, 0 is greedy. KL and entropy are those at config.temperature.
+    Returns a Batch without scores, values and advantages; the completions, a Text each; and (B, T) each the
+    exact KL(π‖π_ref) and the entropy of π(·|s_t).
+    """
+    def compare(part):
+        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, V)
+        ref_logp = log_probs(reference, part.obs, config.temperature)
+        return {"ref_logprobs": chosen(ref_logp, part.actions), "kl": kl_divergence(logp, ref_logp),
+                "entropy": entropy(logp)}
+
+    rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
+                     tokenizer.eos_token, temperature, generator)
+    obs, actions, mask = rollout.tokens[:, :-1], rollout.tokens[:, 1:], rollout.mask  # (B, T)
+    batch = Batch(obs, actions, mask, rollout.logprobs)
+    found = in_parts(compare, batch, config)
+    batch.ref_logprobs = found["ref_logprobs"]
+    length, ended = mask.sum(1), (mask & (actions == tokenizer.eos_token)).any(1)  # (B,)
+    fluency = batch.ref_logprobs.masked_fill(~mask, 0).sum(1) / length
+    columns = zip(rollout.completions(tokenizer), length.tolist(), ended.tolist(), fluency.tolist())
+    completions = [Text(text, length=n, ended=e, fluency=f) for text, n, e, f in columns]
+    return batch, completions, found["kl"], found["entropy"]
+
+
+def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
+    """`run_episodes` with --batch-size prompts at a time.
+
+    Returns all completions, and the KL and entropy of all their actions, (n,) each.
+    """
+    texts, kls, entropies = [], [], []
+    for start in range(0, len(prompts), config.batch_size):
+        batch, completions, kl, H = run_episodes(policy, reference, prompts[start:start + config.batch_size],
+                                                 tokenizer, config, temperature, generator)
+        texts += completions
+        kls.append(kl[batch.mask])
+        entropies.append(H[batch.mask])
+    return texts, torch.cat(kls), torch.cat(entropies)
+
+
 def check_fit(prompts, tokenizer, max_new_tokens, block_size):
     """Raises BadInput that names a prompt (text) which cannot be completed, or leaves no room for that."""
     for prompt in prompts:
@@ -234,99 +187,6 @@ def check_fit(prompts, tokenizer, max_new_tokens, block_size):
             raise BadInput(f"the prompt {str(prompt)!r} has {n} tokens; {max_new_tokens} more exceed the "
                            f"context of {block_size}: use a shorter prompt, a smaller --max-new-tokens or a "
                            "larger --block-size")
-
-
-# Checkpoints.
-
-def write_atomically(path, write):
-    """write(file) beside path, then rename: readers find the old file or the whole new one.
-
-    Of several processes only the first writes. Raises BadInput where there is no room or no permission.
-    """
-    if processes()[0] > 0:
-        return
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as e:  # RuntimeError is torch.save's
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        reason = " ".join(str(e).split())
-        raise BadInput(f"cannot write {path}: free some space or choose another place ({reason})")
-
-
-def save_checkpoint(path, policy, tokenizer, **more):
-    """Write what `load_checkpoint` reads. more: state_dicts (`reference`: a policy's) and plain data."""
-    state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state()}
-    write_atomically(path, lambda file: torch.save(state | more, file))
-
-
-def load_checkpoint(path, device="cpu"):
-    """What `save_checkpoint` wrote: (policy, reference, tokenizer, {everything else}).
-
-    path: the file, or a run's directory. The reference is a copy of the policy where none was saved, and
-    {everything else}["reward_model"] a Critic where one was. Nothing in the file is executed. Raises BadInput
-    where it is missing, damaged or inconsistent.
-    """
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
-        tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
-        if tokenizer.vocab_size != config.vocab_size or config.n_layer > len(weights):
-            raise ValueError("the sizes of the model do not fit its tokenizer or weights")
-        policy, reference = GPT(config), GPT(config)
-        policy.load_state_dict(weights)
-        reference.load_state_dict(state.pop("reference", weights))
-        if "reward_model" in state:
-            weights, state["reward_model"] = state["reward_model"], Critic(config)
-            state["reward_model"].load_state_dict(weights)
-            state["reward_model"].to(device).requires_grad_(False)
-    except Exception as e:  # a damaged file can raise nearly anything
-        raise BadInput(f"{path} is damaged or not a checkpoint of this program ({type(e).__name__})")
-    return policy.to(device), reference.to(device), tokenizer, state
-
-
-def is_gpt2(init):
-    """Whether `load_weights` takes init for a GPT-2, not for a checkpoint of ours."""
-    return init == "gpt2" or Path(init).is_dir() and not (Path(init) / "checkpoint.pt").exists()
-
-
-def load_weights(init, device="cpu"):
-    """(policy, tokenizer) to start from. Raises BadInput.
-
-    init: a run, a checkpoint, a GPT-2's directory, or gpt2 (a download).
-    """
-    if not is_gpt2(init):
-        policy, _, tokenizer, _ = load_checkpoint(init, device)
-        return policy, tokenizer
-    path = Path(init) if Path(init).is_dir() else download_gpt2()
-    policy = load_gpt2(path)
-    if policy.config.vocab_size != 50257:
-        raise BadInput(f"{path} has {policy.config.vocab_size} tokens, but the vocabulary of GPT-2 has 50257")
-    return policy.to(device), Tokenizer.gpt2()
-
-
-def download_gpt2():
-    """The directory of GPT-2's smallest model (0.5 GB), downloaded at the first call. Raises BadInput."""
-    source = "https://huggingface.co/openai-community/gpt2/resolve/main"
-    folder = Path(torch.hub.get_dir()) / "gpt2"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "pytorch_model.bin"):
-            if not (folder / name).exists():
-                torch.hub.download_url_to_file(f"{source}/{name}", str(folder / name))
-    except Exception as e:  # whatever a network can raise
-        raise BadInput(f"cannot download GPT-2 ({type(e).__name__}): put config.json and pytorch_model.bin "
-                       f"of {source} into {folder}, or give --init a directory that has them")
-    return folder
 
 
 # The command line.

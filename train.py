@@ -14,11 +14,10 @@ import hashlib
 import json
 import math
 import os
-import random
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
@@ -29,12 +28,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from advantage import (ADVANTAGES, IN_GROUPS, WITHOUT_CRITIC, batch_mean, discounted_returns, masked_mean,
                        mean_and_variance, processes, token_rewards, whiten)
-from algos import (Batch, check_finite, chosen, entropy, fit_critic, fit_reward, in_parts, kl_divergence,
-                   log_probs, mean_gradient, ppo, reinforce, trpo)
-from model import GPT, BadInput, Critic, GPTConfig
-from reward import TASKS, BadTask, Text, annotate, batched, distinct_n, load_task, score
-from rollout import (Tokenizer, check_fit, is_gpt2, load_checkpoint, load_weights, sample, save_checkpoint,
-                     write_atomically)
+from algos import (Batch, check_finite, chosen, fit_critic, in_parts, log_probs, mean_gradient, ppo, reinforce,
+                   trpo)
+from model import (GPT, BadInput, Critic, GPTConfig, Tokenizer, is_gpt2, load_checkpoint, load_weights,
+                   save_checkpoint, write_atomically)
+from reward import TASKS, BadTask, distinct_n, learn_reward, load_task, score, use_reward_model
+from rollout import check_fit, complete, run_episodes
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
@@ -352,33 +351,6 @@ def maximize_likelihood(policy, rows, config, generator):
 
 # Episodes.
 
-@torch.no_grad()
-def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """Let the policy complete the prompts, and compare it with the reference.
-
-    temperature: of sampling, 0 is greedy. KL and entropy are those at config.temperature.
-    Returns a Batch without scores, values and advantages; the completions, a Text each; and (B, T) each the
-    exact KL(π‖π_ref) and the entropy of π(·|s_t).
-    """
-    def compare(part):
-        logp = log_probs(policy, part.obs, config.temperature)  # (b, T, V)
-        ref_logp = log_probs(reference, part.obs, config.temperature)
-        return {"ref_logprobs": chosen(ref_logp, part.actions), "kl": kl_divergence(logp, ref_logp),
-                "entropy": entropy(logp)}
-
-    rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
-                     tokenizer.eos_token, temperature, generator)
-    obs, actions, mask = rollout.tokens[:, :-1], rollout.tokens[:, 1:], rollout.mask  # (B, T)
-    batch = Batch(obs, actions, mask, rollout.logprobs)
-    found = in_parts(compare, batch, config)
-    batch.ref_logprobs = found["ref_logprobs"]
-    length, ended = mask.sum(1), (mask & (actions == tokenizer.eos_token)).any(1)  # (B,)
-    fluency = batch.ref_logprobs.masked_fill(~mask, 0).sum(1) / length
-    columns = zip(rollout.completions(tokenizer), length.tolist(), ended.tolist(), fluency.tolist())
-    completions = [Text(text, length=n, ended=e, fluency=f) for text, n, e, f in columns]
-    return batch, completions, found["kl"], found["entropy"]
-
-
 def collect(task, policy, reference, critic, tokenizer, config, generators):
     """Sample this process's share of an iteration's episodes and judge them. Returns a Batch and statistics.
 
@@ -415,21 +387,6 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
         groups = batch.scores.view(-1, config.group_size)
         stats["equal_groups"] = per_episode((groups == groups[:, :1]).all(1))
     return batch, stats
-
-
-def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """`run_episodes` with --batch-size prompts at a time.
-
-    Returns all completions, and the KL and entropy of all their actions, (n,) each.
-    """
-    texts, kls, entropies = [], [], []
-    for start in range(0, len(prompts), config.batch_size):
-        batch, completions, kl, H = run_episodes(policy, reference, prompts[start:start + config.batch_size],
-                                                 tokenizer, config, temperature, generator)
-        texts += completions
-        kls.append(kl[batch.mask])
-        entropies.append(H[batch.mask])
-    return texts, torch.cat(kls), torch.cat(entropies)
 
 
 def evaluate(task, policy, reference, tokenizer, config):
@@ -500,122 +457,6 @@ def print_iteration(history, iterations, warned):
         if warning not in warned:
             print(f"warning: {warning}", flush=True)
         warned.add(warning)
-
-
-# A reward learned from comparisons.
-
-def whole_texts(prompts, completions, tokenizer, block_size):
-    """Prompts with their completions and, unless completion.ended is False, the end of text, as tokens.
-
-    Returns (B, T) int64, padded with -100, T ≤ block_size: what exceeds the context is cut off.
-    """
-    rows = []
-    for prompt, completion in zip(prompts, completions):
-        end = [tokenizer.eos_token] * getattr(completion, "ended", True)
-        tokens = tokenizer.encode(prompt) + tokenizer.encode(completion) + end
-        rows.append(torch.tensor(tokens[:block_size]))
-    return pad_sequence(rows, batch_first=True, padding_value=-100)
-
-
-def learned_reward(model, tokenizer):
-    """The reward function of a reward model, a Critic that is read at the last token of the text."""
-    @batched
-    @torch.no_grad()
-    def learned(prompts, completions):
-        tokens = whole_texts(prompts, completions, tokenizer, model.transformer.config.block_size)
-        rows = max(1, 2 ** 14 // tokens.shape[1])  # at once
-        return [r for part in tokens.to(model.mean.device).split(rows) for r in model.at_end(part).tolist()]
-    return learned
-
-
-def to_batch(comparisons, tokenizer, block_size, device):
-    """Comparisons [(prompt, better, worse)] as a Batch for `fit_reward`."""
-    prompts, better, worse = zip(*comparisons)
-    tokens = whole_texts(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
-    obs = torch.stack(tokens.chunk(2), -1)  # (N, T, 2)
-    end = (obs >= 0).any(-1).sum(1, keepdim=True) - 1  # (N, 1) the last column of the longer text
-    return Batch(obs, None, mask=torch.arange(obs.shape[1], device=device) == end)
-
-
-def choose_comparisons(task, tokenizer, config, block_size):
-    """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
-    n = min(config.comparisons, len(task.preferences))
-    chosen = random.Random(config.seed).sample(task.preferences, n)
-    check_fit({prompt for prompt, *_ in chosen}, tokenizer, 1, block_size)
-    for prompt, *two in chosen:
-        n = len(tokenizer.encode(prompt)) + max(len(tokenizer.encode(text)) for text in two) + 1
-        if n > block_size:
-            raise BadInput(f"a preference for the prompt {prompt!r} has {n} tokens, its end included, which "
-                           f"exceed the context of {block_size}: shorten it, or give a larger --block-size")
-    return chosen
-
-
-def hold_out(comparisons, prompts, seed):
-    """(comparisons of nine tenths of the prompts, those of the others), at random."""
-    prompts = sorted({*prompts})
-    others = {*random.Random(seed).sample(prompts, math.ceil(len(prompts) / 10))}
-    return ([comparison for comparison in comparisons if comparison[0] not in others],
-            [comparison for comparison in comparisons if comparison[0] in others])
-
-
-def standardize(model, rewards):
-    """Rescale a reward model so that these rewards (of all processes) get mean 0 and standard deviation 1."""
-    rewards = torch.tensor(rewards, device=model.mean.device)
-    mean = batch_mean(rewards)
-    std = batch_mean((rewards - mean) ** 2).sqrt().clamp(min=1e-8)
-    model.mean.copy_((model.mean - mean) / std)
-    model.std.copy_(model.std / std)
-
-
-def learn_reward(task, policy, tokenizer, config, device):
-    """The reward model: the policy's trunk with a scalar head, fitted to the task's preferences, and frozen.
-
-    A tenth of the prompts is held out of the fit. Its rewards have mean 0 and standard deviation 1 on the
-    policy's completions. None where the task has no preferences. Raises BadInput, BadTask.
-    """
-    if task.preferences is None:
-        return None
-    (rank, count), block_size = processes(), policy.config.block_size
-    generators = random_generators(config.seed, 0, device)  # RL's iterations count from 1
-    annotated = callable(task.preferences)
-    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, block_size)
-    n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for mean and deviation
-    purpose = "to be compared" if annotated else "for the mean and spread of rewards"
-    print(f"reward model: two completions of {n * count} prompts, {purpose}", flush=True)
-    index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
-    prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
-    texts, _, _ = complete(policy, policy, prompts, tokenizer, config, config.temperature,
-                           generators["sample"])
-    if annotated:
-        comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
-                               random.Random(f"{config.seed} {rank}"))
-        fitted, test = hold_out(comparisons, task.prompts, config.seed)
-    else:
-        comparisons = choose_comparisons(task, tokenizer, config, block_size)
-        fitted, test = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
-        fitted, test = fitted[rank::count], test[rank::count]  # this process's share
-    if not (fitted and test):
-        raise BadInput("there are too few comparisons to hold some out: give more, of more prompts")
-    print(f"reward model: {len(fitted)} comparisons and {len(test)} held out" + " per process" * (count > 1))
-
-    model = Critic(policy.config, policy).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
-    batches = [to_batch(part, tokenizer, block_size, device) for part in (fitted, test)]
-    found = fit_reward(model, *batches, optimizer, config, generators["update"])
-    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on those held out, of a "
-          "tenth of the prompts")
-    standardize(model, learned_reward(model, tokenizer)(prompts, texts))
-    return model.requires_grad_(False)
-
-
-def use_reward_model(task, model, tokenizer):
-    """The task with the model's reward; its own, if any, is then its true_reward. Raises BadInput."""
-    if task.preferences is None:
-        return task
-    if model is None:
-        raise BadInput("the task has preferences, but the run has no reward model: train a new one")
-    learned = learned_reward(model, tokenizer)
-    return replace(task, reward=learned, metric=task.metric or learned, true_reward=task.reward)
 
 
 # One run.
@@ -694,7 +535,8 @@ def train(config, resume=False):
     else:
         policy, tokenizer, pretraining = pretrained(config, task, device)
         reference = copy.deepcopy(policy)
-        reward_model = learn_reward(task, policy, tokenizer, config, device)
+        generators = random_generators(config.seed, 0, device)  # RL's iterations count from 1
+        reward_model = learn_reward(task, policy, tokenizer, config, generators)
     task = use_reward_model(task, reward_model, tokenizer)
     critic = None if config.advantage in WITHOUT_CRITIC else Critic(policy.config, policy).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)

@@ -30,11 +30,13 @@ from torch.profiler import profile
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import algos
+import rollout
 import train
 from algos import Batch, chosen, fisher_vector_product, flatten, log_probs
 from model import GPT, Critic, GPTConfig, transpose_linear
 from reward import TASKS, Task
-from rollout import Tokenizer, sample
+from model import Tokenizer
+from rollout import sample
 
 SIZE = "batch, tokens, layers, heads, width, vocabulary"
 SIZES = [(256, 10, 2, 3, 96, 257), (128, 64, 4, 4, 128, 257), (64, 128, 4, 4, 128, 257),
@@ -166,8 +168,9 @@ def updates():
 
 @contextlib.contextmanager
 def timed(labels):
-    """Within it, {label: seconds spent so far} in functions of train.py. labels: {function's name: label}.
+    """Within it, {label: seconds spent so far} in functions of train.py and rollout.py.
 
+    labels: {function's name: label}.
     A call within another such call is part of the outer one.
     """
     spent, running = dict.fromkeys(labels.values(), 0.0), []
@@ -183,9 +186,11 @@ def timed(labels):
             return result
         return watched
 
-    watched = {name: watch(vars(train)[name], label) for name, label in labels.items()}
-    updates = {name: watched[name] for name in train.ALGOS if name in watched}
-    with patch.multiple(train, **watched), patch.dict(train.ALGOS, updates):
+    with contextlib.ExitStack() as patches:
+        for name, label in labels.items():
+            for names in vars(train), vars(rollout), train.ALGOS:
+                if name in names:
+                    patches.enter_context(patch.dict(names, {name: watch(names[name], label)}))
         yield spent
 
 

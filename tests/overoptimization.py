@@ -20,8 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from reward import load_task, score
-from rollout import load_checkpoint
+from reward import load_task, score, use_reward_model
+from rollout import complete
+from model import load_checkpoint
 
 ALGOS = {"reinforce": 80, "trpo": 40, "ppo": 40}  # iterations
 COEFFICIENTS = (0, 0.01, 0.03, 0.1, 0.3)
@@ -50,10 +51,10 @@ def train_missing(seeds, out):
     """Train the runs that are not finished. Those of a seed and number of comparisons share a model."""
     learn, models = train.learn_reward, {}
 
-    def learn_once(task, policy, tokenizer, config, device):
+    def learn_once(task, policy, tokenizer, config, generators):
         key = config.seed, config.comparisons
         if key not in models:
-            models[key] = learn(task, policy, tokenizer, config, device)
+            models[key] = learn(task, policy, tokenizer, config, generators)
         return models[key]
 
     with patch.object(train, "learn_reward", learn_once):
@@ -99,10 +100,10 @@ def best_of(run, seed, counts=N, task="preferences"):
     _, reference, tokenizer, more = load_checkpoint(run)
     config = train.Config(**more["config"])
     task = load_task(task, config.pretrain_seed)
-    task = train.use_reward_model(task, more["reward_model"], tokenizer)
+    task = use_reward_model(task, more["reward_model"], tokenizer)
     generator, most = torch.Generator().manual_seed(seed), max(counts)
     prompts = [prompt for prompt in task.heldout for _ in range(most)]
-    texts, _, _ = train.complete(reference, reference, prompts, tokenizer, config, 1.0, generator)
+    texts, _, _ = complete(reference, reference, prompts, tokenizer, config, 1.0, generator)
     pairs = list(zip(*(score(function, prompts, texts) for function in (task.reward, task.true_reward))))
     groups = [pairs[i:i + most] for i in range(0, len(pairs), most)]
     best = {n: [max(group[i:i + n]) for group in groups for i in range(0, most, n)] for n in counts}

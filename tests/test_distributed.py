@@ -18,12 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from advantage import all_sum, masked_mean, processes, whiten
-from algos import (Batch, chosen, fisher_vector_product, fit_critic, fit_reward, flatten, log_probs, ppo,
-                   reinforce, trpo)
+from algos import (Batch, chosen, fisher_vector_product, fit_critic, flatten, log_probs, ppo, reinforce, trpo)
 from helpers import ROOT, SMALL, TINY, rows, task_file
-from model import GPT, Critic, GPTConfig
-from reward import Task
-from rollout import Tokenizer
+from model import GPT, Critic, GPTConfig, Tokenizer
+from reward import Task, fit_reward
 
 B, T, V, TEMPERATURE = 12, 7, 11, 0.9
 SIZES = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=8)

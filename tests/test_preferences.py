@@ -10,15 +10,21 @@ import torch
 
 import overoptimization as study
 import train
-from algos import fit_reward, flatten
+from algos import flatten
 from helpers import SMALL, TASK, TINY, rows, task_file
-from model import GPT, BadInput, Critic, GPTConfig
-from reward import BadTask, Task, Text, annotate, load_task
-from rollout import Tokenizer, load_checkpoint
+from model import GPT, BadInput, Critic, GPTConfig, Tokenizer, load_checkpoint
+from reward import (BadTask, Task, annotate, choose_comparisons, fit_reward, learn_reward, learned_reward,
+                    load_task, to_batch, use_reward_model)
+from rollout import Text, complete
 
 WORDS = ["good", "fine", "bad", "poor", "film", "plot"]
 PROMPTS = [f"{a} {b}" for a in WORDS for b in WORDS]
 CPU = torch.device("cpu")
+
+
+def generators(seed=0):
+    """Those of a run before its first iteration."""
+    return train.random_generators(seed, 0, CPU)
 
 
 def value(text):
@@ -81,7 +87,7 @@ def test_the_loss_and_its_gradient_are_those_of_bradley_and_terry_by_hand(model,
     gradient = flatten(torch.autograd.grad(loss, params, materialize_grads=True))
     assert gradient.norm() > 1e-3 and {*right} == {0, 1}
 
-    before, batch = flatten(params).detach(), train.to_batch(pairs, tokenizer, 32, CPU)
+    before, batch = flatten(params).detach(), to_batch(pairs, tokenizer, 32, CPU)
     for lr, step in (0.0, 0 * gradient), (1.0, gradient):
         found = fit_reward(model, batch, batch, torch.optim.SGD(params, lr),
                            options(micro_batch=micro_batch))
@@ -94,9 +100,9 @@ def test_the_loss_and_its_gradient_are_those_of_bradley_and_terry_by_hand(model,
 def test_the_best_pass_on_held_out_comparisons_counts(policy, tokenizer, contrary, best):
     """The last where they agree with those of the fit, the first where they contradict them."""
     pairs, (model, later) = comparisons(64), (Critic(policy.config, policy).double() for _ in range(2))
-    fitted = train.to_batch(pairs, tokenizer, 32, CPU)
+    fitted = to_batch(pairs, tokenizer, 32, CPU)
     others = [(prompt, *two[::-1 if contrary else 1]) for prompt, *two in pairs]
-    heldout = train.to_batch(others, tokenizer, 32, CPU)
+    heldout = to_batch(others, tokenizer, 32, CPU)
     found = fit_reward(model, fitted, heldout, torch.optim.SGD(model.parameters(), 0.02),
                        options(reward_steps=4))
     passes = []
@@ -109,7 +115,7 @@ def test_the_best_pass_on_held_out_comparisons_counts(policy, tokenizer, contrar
 
 
 def test_a_learned_reward_does_not_depend_on_filler_or_batch_mates(model, tokenizer):
-    reward = train.learned_reward(model, tokenizer)
+    reward = learned_reward(model, tokenizer)
     texts = [" good", " bad bad film plot plot poor film", " fine film", ""]
     together = reward(["film"] * 4, texts)
     for text, number in zip(texts, together):
@@ -123,11 +129,11 @@ def test_a_learned_reward_does_not_depend_on_filler_or_batch_mates(model, tokeni
 
 def test_the_fit_recovers_the_order_of_a_known_reward_on_held_out_prompts(policy, tokenizer, capsys):
     task = Task([], PROMPTS, ["x"], None, None, preferences=comparisons(600))
-    model = train.learn_reward(task, policy, tokenizer, config(reward_steps=70, critic_lr=5e-3), CPU)
+    model = learn_reward(task, policy, tokenizer, config(reward_steps=70, critic_lr=5e-3), generators())
     printed = capsys.readouterr().out
     loss, accuracy = (float(printed.split(name)[1].split()[0].strip(",")) for name in ("loss", "accuracy"))
     assert loss < 0.25 and accuracy > 0.9
-    fresh, reward = comparisons(200, seed=1), train.learned_reward(model, tokenizer)
+    fresh, reward = comparisons(200, seed=1), learned_reward(model, tokenizer)
     prompts, better, worse = zip(*fresh)
     right = [a > b for a, b in zip(reward(prompts, better), reward(prompts, worse))]
     assert sum(right) > 0.9 * 200
@@ -136,11 +142,11 @@ def test_the_fit_recovers_the_order_of_a_known_reward_on_held_out_prompts(policy
 def test_rewards_have_mean_0_and_spread_1_on_the_policys_own_completions(policy, tokenizer):
     task = Task([], PROMPTS, ["x"], None, None, preferences=comparisons(100))
     run = config(batch_size=500)
-    model = train.learn_reward(task, policy, tokenizer, run, CPU)
+    model = learn_reward(task, policy, tokenizer, run, generators())
     assert not any(p.requires_grad for p in model.parameters())
     generator = torch.Generator().manual_seed(3)
-    texts, _, _ = train.complete(policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator)
-    rewards = torch.tensor(train.learned_reward(model, tokenizer)(PROMPTS * 60, texts))
+    texts, _, _ = complete(policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator)
+    rewards = torch.tensor(learned_reward(model, tokenizer)(PROMPTS * 60, texts))
     assert rewards.mean().abs() < 0.1 and (rewards.std() - 1).abs() < 0.1
 
 
@@ -167,9 +173,9 @@ def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monk
         return 0.5
 
     seen = []
-    monkeypatch.setattr(train, "complete", complete)
+    monkeypatch.setattr("reward.complete", complete)
     task = Task([], PROMPTS, ["x"], None, None, preferences=preferences)
-    train.learn_reward(task, policy, tokenizer, config(comparisons=80, reward_steps=1), CPU)
+    learn_reward(task, policy, tokenizer, config(comparisons=80, reward_steps=1), generators())
     assert [two for _, *two in seen] == [[f" {prompt} {2 * i}", f" {prompt} {2 * i + 1}"]
                                          for i, (prompt, *_) in enumerate(seen)]
     assert len(seen) == 80 and len({prompt for prompt, *_ in seen}) > 20
@@ -203,14 +209,14 @@ def test_unusable_preferences_are_refused(tmp_path, preferences, message):
 def test_preferences_that_do_not_fit_are_refused(policy, tokenizer, one, message):
     task = Task([], PROMPTS, ["x"], None, None, preferences=[one, *LISTED])
     with pytest.raises(BadInput, match=message):
-        train.learn_reward(task, policy, tokenizer, config(), CPU)
+        learn_reward(task, policy, tokenizer, config(), generators())
 
 
 def test_prompts_that_leave_no_room_are_refused_before_the_fit(policy, tokenizer):
     for prompt, heldout, message in ("film" * 9, "x", "context"), ("x", "", "empty"), ("x ", "y", "a space"):
         task = Task([], [prompt], [heldout], None, None, LISTED)
         with pytest.raises(BadInput, match=message):
-            train.learn_reward(task, policy, tokenizer, config(max_new_tokens=25), CPU)
+            learn_reward(task, policy, tokenizer, config(max_new_tokens=25), generators())
 
 
 def test_a_preference_fits_by_the_tokens_that_are_learned_from(tokenizer):
@@ -219,17 +225,17 @@ def test_a_preference_fits_by_the_tokens_that_are_learned_from(tokenizer):
     n = len(tokenizer.encode("film go")) + len(tokenizer.encode("od")) + 1
     assert n > len(tokenizer.encode("film good")) + 1
     task = Task([], PROMPTS, ["x"], None, None, preferences=[pair, *LISTED])
-    assert {*train.choose_comparisons(task, tokenizer, config(), n)} == {pair, *LISTED}
+    assert {*choose_comparisons(task, tokenizer, config(), n)} == {pair, *LISTED}
     with pytest.raises(BadInput, match=f"'film go' has {n} tokens"):
-        train.choose_comparisons(task, tokenizer, config(), n - 1)
+        choose_comparisons(task, tokenizer, config(), n - 1)
 
 
 def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
-    seen, to_batch = [], train.to_batch
-    monkeypatch.setattr(train, "to_batch", lambda part, *args: seen.append(part) or to_batch(part, *args))
+    seen = []
+    monkeypatch.setattr("reward.to_batch", lambda part, *args: seen.append(part) or to_batch(part, *args))
     listed = comparisons(300)
     task = Task([], PROMPTS, ["x"], None, None, preferences=listed)
-    train.learn_reward(task, policy, tokenizer, config(reward_steps=1), CPU)
+    learn_reward(task, policy, tokenizer, config(reward_steps=1), generators())
     fitted, test = seen
     assert sorted(fitted + test) == sorted(listed)
     fitted, test = ({prompt for prompt, *_ in part} for part in seen)
@@ -239,7 +245,7 @@ def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
 def test_of_a_long_list_comparisons_are_chosen_at_random(tokenizer):
     listed = sorted(comparisons(240))
     task = Task([], PROMPTS, ["x"], None, None, preferences=listed)
-    one, other = (train.choose_comparisons(task, tokenizer, config(comparisons=40, seed=seed), 64)
+    one, other = (choose_comparisons(task, tokenizer, config(comparisons=40, seed=seed), 64)
                   for seed in (0, 1))
     assert len({*one}) == 40 and {*one} != {*other} and {*one, *other} <= {*listed}
     assert len({prompt for prompt, *_ in one}) > 15
@@ -249,13 +255,13 @@ def test_a_file_with_preferences_needs_no_reward(tmp_path):
     source = TASK.split("def reward")[0] + f"preferences = {LISTED!r}"
     task = load_task(str(task_file(tmp_path, source)), 0)
     assert task.preferences == LISTED and task.reward is None and task.metric is None
-    task = train.use_reward_model(task, object(), None)
+    task = use_reward_model(task, object(), None)
     assert task.metric is task.reward and task.true_reward is None
     task = load_task(str(task_file(tmp_path, TASK + f"preferences = {LISTED!r}")), 0)
-    learned = train.use_reward_model(task, object(), None)
+    learned = use_reward_model(task, object(), None)
     assert learned.true_reward is task.reward is learned.metric is not learned.reward
     with pytest.raises(BadInput, match="no reward model"):
-        train.use_reward_model(task, None, None)
+        use_reward_model(task, None, None)
 
 
 def test_the_built_in_annotator_prefers_kind_words_and_grammar():

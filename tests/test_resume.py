@@ -18,7 +18,7 @@ import pytest
 
 import train
 from helpers import ROOT, SMALL, TINY, rows, task_file
-from rollout import load_checkpoint
+from model import load_checkpoint
 
 # Of twelve iterations; a checkpoint follows every third, an evaluation every fourth.
 OPTIONS = [*TINY, *SMALL, "--pretrain-steps", "10", "--iterations", "12", "--save-every", "3",

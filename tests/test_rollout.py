@@ -16,11 +16,12 @@ import tiktoken._educational
 import torch
 from tiktoken_ext import openai_public
 
+import model
 import rollout
 from helpers import ROOT, Malice, contents
-from model import GPT, BadInput, GPTConfig, load_gpt2, save_gpt2, transpose_linear
-from rollout import (Rollout, Tokenizer, check_fit, draw, load_checkpoint, load_weights, sample,
-                     save_checkpoint, truncate, write_atomically)
+from model import (GPT, BadInput, GPTConfig, Tokenizer, load_checkpoint, load_gpt2, load_weights, save_checkpoint,
+                   save_gpt2, transpose_linear, write_atomically)
+from rollout import Rollout, check_fit, draw, sample, truncate
 
 TEXTS = ["the acting was superb.", "the plot was dull, and the acting was superb."] * 50
 POEM = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
@@ -75,7 +76,7 @@ def test_merges_are_as_frequent_in_the_text_as_those_of_tiktokens_trainer():
     rng = random.Random(1)
     words = ["".join(rng.choices("abcdé", k=rng.randrange(1, 9))) for _ in range(60)]
     corpus = [" ".join(rng.choices(words, k=10)) for _ in range(100)] + ["aaaa aaaaa", "a1 12 !?", POEM]
-    theirs = tiktoken._educational.bpe_train("\n".join(corpus), 256 + 80, rollout.OUR_SPLIT, visualise=None)
+    theirs = tiktoken._educational.bpe_train("\n".join(corpus), 256 + 80, model.OUR_SPLIT, visualise=None)
     ours = Tokenizer.learn(corpus, 257 + 80)
     tokens = lambda tokenizer: sum(len(tokenizer.encode(text)) for text in corpus)
     assert tokens(ours) == pytest.approx(tokens(Tokenizer.from_merges(list(theirs)[256:])), rel=0.01)
@@ -102,7 +103,7 @@ def test_gpt2_splits_words_as_tiktoken_does():
     pieces = ["a", "it", "'s", "'ll", " ", " ", "  ", "\n", "\t", "7", ",", "é", "中", "\u3000"]
     for _ in range(2000):
         text = "".join(rng.choices(pieces, k=12))
-        assert regex.findall(rollout.GPT2_SPLIT, text) == regex.findall(openai_public.r50k_pat_str, text)
+        assert regex.findall(model.GPT2_SPLIT, text) == regex.findall(openai_public.r50k_pat_str, text)
 
 
 # Drawing a token.
@@ -323,7 +324,7 @@ def test_weights_that_cannot_be_had_are_bad_input(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    monkeypatch.setattr(rollout.tiktoken, "get_encoding", no_network)
+    monkeypatch.setattr(model.tiktoken, "get_encoding", no_network)
     save_gpt2(tiny_gpt(), tmp_path / "other", 261)
     save_gpt2(GPT(GPTConfig(50257, 16, 1, 2, 8)), tmp_path / "whole", 50256)
     for init, says in {"gpt2": f"into {tmp_path / 'hub' / 'gpt2'}", tmp_path / "other": "262 tokens",

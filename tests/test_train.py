@@ -20,8 +20,8 @@ import train
 from advantage import ADVANTAGES
 from algos import chosen, fit_critic, mean_gradient
 from helpers import ROOT, SMALL, TASK, TINY, contents, rows, task_file
-from model import GPT, BadInput, Critic, GPTConfig, save_gpt2
-from rollout import Tokenizer, load_checkpoint, sample
+from model import GPT, BadInput, Critic, GPTConfig, Tokenizer, load_checkpoint, save_gpt2
+from rollout import sample
 
 FILES = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "eval.csv", "samples-0.jsonl",
          "samples-2.jsonl"}
@@ -182,9 +182,8 @@ def reward(prompt, completion):
 """, "dogs.py")
     options = "--pretrain-steps 150 --iterations 20 --batch-size 64 --eval-episodes 200 --lr 3e-3"
     assert go(out, "--task", out / "dogs.py", *options.split(), "--algo", algo) is None
-    result = read(out / f"dogs-{algo}-0" / "result.json")
-    before, after = result["before"], result["after"]
-    assert after["reward"] > before["reward"] + 0.2  # standard errors are at most 0.035
+    rewards = [float(row["reward"]) for row in rows(out / f"dogs-{algo}-0")]
+    assert fmean(rewards[-5:]) > rewards[0] + 0.2  # standard errors are at most 0.03 and 0.06
 
 
 @pytest.mark.parametrize("algo", train.ALGOS)

@@ -20,7 +20,7 @@ import train
 from algos import flatten, reinforce
 from model import BadInput, Critic
 from reward import TASKS, load_task
-from rollout import load_checkpoint
+from model import load_checkpoint
 
 ESTIMATORS = {f"gae, λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)} | {
     "returns": dict(advantage="returns"),
