@@ -1,8 +1,15 @@
-"""REINFORCE, PPO and TRPO, and the fit of the critic.
+"""REINFORCE, PPO and TRPO, and the training of the critic.
 
-A policy is anything that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T). Nothing
-here knows that the actions are tokens. A loss is a number for each action of a part of the batch;
-`mean_gradient` differentiates its mean over the actions of the whole batch.
+A policy is any module that maps obs (B, T, …) to logits (B, T, A); a critic maps obs to values (B, T).
+Nothing here knows that the actions are tokens. A loss function takes a micro-batch and returns one loss per
+action, (b, T); `mean_gradient` differentiates the mean over all actions of the batch.
+
+Three sizes of batches: a *batch* is all episodes of an iteration; a *minibatch* is the share of them that one
+optimizer step uses (ppo, critic); a *micro-batch* is what is in memory at once. The gradients of
+micro-batches are added up, so their size changes no result.
+
+What is left out, because it improved neither reward nor grammar when it was measured: value clipping, an
+entropy bonus, learning-rate decay, and an adaptive KL coefficient.
 """
 
 import copy
@@ -18,95 +25,115 @@ from advantage import all_sum, masked_mean, mean_and_variance, processes
 
 @dataclass
 class Batch:
-    """B episodes of up to T actions. Column t: what was seen, what was done, and how good that was."""
+    """B episodes of up to T actions. Column t holds an observation, the action taken, and what followed."""
 
-    obs: torch.Tensor  # (B, T, …)
+    obs: torch.Tensor  # (B, T, …) what the policy saw
     actions: torch.Tensor  # (B, T) int64
     mask: torch.Tensor  # (B, T) bool, True where the policy acted
     logprobs: torch.Tensor = None  # (B, T) log π_old(a_t|s_t)
     advantages: torch.Tensor = None  # (B, T)
     returns: torch.Tensor = None  # (B, T) the critic's targets
-    values: torch.Tensor = None  # (B, T) V(s_t) before the critic is fitted to them; 0 without a critic
-    ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t), for a loss of your own (tests/examples)
-    scores: torch.Tensor = None  # (B,) what the reward function returned, for a loss of your own
+    values: torch.Tensor = None  # (B, T) V(s_t) before the critic is trained on them; 0 without a critic
+    # The losses of this file do not use these. They are logged, and a custom loss may use them.
+    ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t)
+    scores: torch.Tensor = None  # (B,) what the reward function returned
+    kl: torch.Tensor = None  # (B, T) the exact KL(π_old‖π_ref) in s_t, nats
+    entropy: torch.Tensor = None  # (B, T) the entropy of π_old(·|s_t), nats
 
     def rows(self, index, columns=None):
-        """The Batch of these episodes, of their first columns alone where a number of columns is given."""
+        """The Batch of these episodes, cut to their first `columns` columns if a number is given."""
         cut = lambda x: x[index] if x.dim() == 1 else x[index, :columns]
         return Batch(*(None if x is None else cut(x) for x in vars(self).values()))
 
 
-# Working through a batch in parts.
+# Micro-batches.
 
 def micro_batches(batch, size):
-    """(index, Batch) of parts: episodes of like length, without the columns after the longest one's end.
+    """Yield (index, Batch) for micro-batches of episodes of similar length, cut to the longest of them.
 
-    Each part has at most `size` cells (rows times columns), or a single row. So memory grows with a part, not
-    with the batch, and little is computed where mask is False. Sums over actions are the same but for
-    rounding, since no column depends on later ones.
+    index: the rows of the batch.  size: maximum number of cells of obs; a single episode may exceed it.
+    Little is computed on padding. Sums over actions stay the same up to rounding, because the model is
+    causal: no column depends on later ones.
     """
     columns = torch.arange(1, batch.mask.shape[1] + 1, device=batch.mask.device)
-    lengths, order = (batch.mask * columns).amax(1).clamp(min=1).sort(descending=True)
-    lengths, start = lengths.tolist(), 0
+    lengths, order = (batch.mask * columns).amax(1).clamp(min=1).sort(descending=True)  # (B,) each
+    lengths = lengths.tolist()
+    cells = math.prod(batch.obs.shape[2:])  # of one observation: 1 for a token
+    start = 0
     while start < len(lengths):
-        stop = start + max(1, size // lengths[start])
+        stop = start + max(1, size // (lengths[start] * cells))
         yield order[start:stop], batch.rows(order[start:stop], lengths[start])
         start = stop
 
 
 @torch.no_grad()
-def in_parts(function, batch, config):
-    """{name: (B, T)} of the whole batch, undefined after an episode's end.
+def map_micro_batches(function, batch, config):
+    """function(batch), computed one micro-batch at a time: (B, T, …). Zero after an episode's end.
 
-    function: a part of the batch -> {name: (b, T)}.
+    function: micro-batch -> (b, T, …).
     """
-    whole = {}
+    whole = None
     for index, part in micro_batches(batch, config.micro_batch):
-        for name, x in function(part).items():
-            whole.setdefault(name, x.new_zeros(batch.mask.shape))[index, :x.shape[1]] = x
+        x = function(part)  # (b, t, …) with t ≤ T
+        if whole is None:
+            whole = x.new_zeros(*batch.mask.shape, *x.shape[2:])
+        whole[index, :x.shape[1]] = x
     return whole
 
 
-def means_in_parts(function, batch, config):
-    """{name: mean over the actions of the batch, all processes'}. function: as of `in_parts`."""
-    return {name: masked_mean(x, batch.mask).item() for name, x in in_parts(function, batch, config).items()}
+def mean_over_micro_batches(function, batch, config):
+    """The mean of function(batch) over the actions of the batch, of all processes, as a number."""
+    return masked_mean(map_micro_batches(function, batch, config), batch.mask).item()
 
 
 def mean_gradient(model, loss, batch, config, max_grad_norm):
-    """Set the weights' grad to the gradient of the mean loss over the actions of the batch (all processes').
+    """Set the weights' grad to the gradient of the mean loss over the actions of the batch, of all processes.
 
-    loss: a part of the batch -> {"loss": (b, T), …}, of which the loss alone is differentiated.
-    Returns the means as numbers, and grad_norm, which the gradient had before it was clipped to
-    max_grad_norm. Raises FloatingPointError where the loss or its gradient is not finite, ValueError where
-    what loss returns has another shape.
+    loss: micro-batch -> the loss of each action (b, T), or {"loss": (b, T), name: (b, T), …} to average more
+    columns; only "loss" is differentiated.
+    Returns {name: mean} and "grad_norm", the norm before it is clipped to max_grad_norm.
+    Raises FloatingPointError if the loss or its gradient is not finite, ValueError if a column is not (b, T).
     """
-    params = [p for p in model.parameters() if p.requires_grad]
+    params = trainable(model)
     for p in params:
         p.grad = torch.zeros_like(p)
-    n_actions, stats = all_sum(batch.mask.sum()), {}
+    n_actions = all_sum(batch.mask.sum())
+    means = {}
     for _, part in micro_batches(batch, config.micro_batch):
-        per_action = loss(part)
-        for name, x in per_action.items():
-            if x.shape != part.mask.shape:
-                raise ValueError(f"{name} must have the shape of the actions, {tuple(part.mask.shape)}, "
-                                 f"not {tuple(x.shape)}")
-        shares = {name: x.masked_fill(~part.mask, 0).sum() / n_actions for name, x in per_action.items()}
-        shares["loss"].backward()  # adds to grad
-        stats = {name: stats.get(name, 0) + share.detach() for name, share in shares.items()}
-    if processes()[1] > 1:  # one sum for all, since each costs a round trip
+        for name, x in per_action_columns(loss(part), part.mask).items():
+            share = x.masked_fill(~part.mask, 0).sum() / n_actions
+            if name == "loss":
+                share.backward()  # adds to grad
+            means[name] = means.get(name, 0) + share.detach()
+    sum_gradients_over_processes(params)
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
+    means = {name: all_sum(mean).item() for name, mean in means.items()}
+    check_finite(loss=means["loss"], norm_of_the_gradient=grad_norm)
+    return means | {"grad_norm": grad_norm}
+
+
+def per_action_columns(returned, mask):
+    """{name: (b, T)} from what a loss function returned. Raises ValueError for another shape."""
+    columns = returned if isinstance(returned, dict) else {"loss": returned}
+    for name, x in columns.items():
+        if x.shape != mask.shape:
+            raise ValueError(f"{name} must have the shape of the actions, {tuple(mask.shape)}, "
+                             f"not {tuple(x.shape)}")
+    return columns
+
+
+def sum_gradients_over_processes(params):
+    """Replace each grad by its sum over all processes: one sum for all, because each costs a round trip."""
+    if processes()[1] > 1:
         total = all_sum(flatten([p.grad for p in params]))
         for p, grad in zip(params, unflatten(total, params)):
             p.grad.copy_(grad)
-    norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
-    stats = dict(zip(stats, all_sum(torch.stack(list(stats.values()))).tolist()))  # one sum, one copy
-    check_finite(loss=stats["loss"], norm_of_the_gradient=norm)
-    return stats | {"grad_norm": norm}
 
 
 def minibatches(batch, epochs, count, generator):
-    """In each epoch the rows, shuffled and split into `count` Batches.
+    """In each epoch, yield `count` Batches of shuffled episodes, which together are the batch.
 
-    Of several processes each shuffles its own rows: one minibatch of each makes a minibatch of all.
+    With several processes, each shuffles its own rows, and a minibatch is the union of one from each process.
     """
     for _ in range(epochs):
         order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
@@ -117,9 +144,12 @@ def check_finite(**quantities):
     """Raises FloatingPointError that names the first quantity which is not finite."""
     for name, value in quantities.items():
         if not math.isfinite(value):
-            name = name.replace("_", " ")
-            raise FloatingPointError(f"the {name} is {value}: take smaller steps (a learning rate, --delta), "
-                                     "or mend a function of your own")
+            raise FloatingPointError(f"the {name.replace('_', ' ')} is {value}: lower --lr, --critic-lr or "
+                                     "--delta, or fix your custom loss or reward")
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def flatten(tensors):
@@ -127,18 +157,18 @@ def flatten(tensors):
 
 
 def unflatten(vector, like):
-    return [part.view_as(t) for part, t in zip(vector.split([t.numel() for t in like]), like)]
+    return [piece.view_as(t) for piece, t in zip(vector.split([t.numel() for t in like]), like)]
 
 
 # Distributions.
 
 def log_probs(policy, obs, temperature):
-    """log π(·|s) (B, T, A) of the policy that acts: at the temperature it is sampled with."""
+    """log π(·|s) (B, T, A) at the sampling temperature, because that is the policy that acts."""
     return (policy(obs) / temperature).log_softmax(-1)
 
 
-def chosen(logp, actions):
-    """log π(a|s) (B, T) of the actions taken, from log π(·|s) (B, T, A)."""
+def action_log_probs(logp, actions):
+    """log π(a|s) (B, T) of the actions taken (B, T), from log π(·|s) (B, T, A)."""
     return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
@@ -150,58 +180,64 @@ def entropy(logp):
 def kl_divergence(logp, logq):
     """KL(p‖q) (B, T) in nats, exact over all A actions, so never negative. logp, logq: (B, T, A).
 
-    To be logged and bounded, not differentiated: the clamp against rounding cuts the gradient.
+    For logging and for the trust region. Do not use it in a loss: the clamp, which removes negative rounding
+    errors, also blocks the gradient.
     """
     return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
 
 
 def mean_kl(old, policy, batch, config):
-    """How far an update moved the policy: the exact mean KL(π_old‖π) over the actions of the batch."""
+    """How far an update moved the policy: the exact mean KL(π_old‖π) over the actions of the batch, nats."""
     def kl(part):
-        old_logp, logp = (log_probs(p, part.obs, config.temperature) for p in (old, policy))  # (b, T, A)
-        return {"kl": kl_divergence(old_logp, logp)}
-    return means_in_parts(kl, batch, config)["kl"]
+        old_logp = log_probs(old, part.obs, config.temperature)  # (b, T, A)
+        logp = log_probs(policy, part.obs, config.temperature)
+        return kl_divergence(old_logp, logp)
+
+    return mean_over_micro_batches(kl, batch, config)
 
 
-# First order.
+# First order. The three algorithms have one signature; they return columns of metrics.csv.
 
 def reinforce(policy, batch, optimizer, config, generator=None):
     """One step up the policy gradient E[∇log π(a_t|s_t) A_t], the mean over the actions of the batch.
 
-    Returns diagnostics; their kl_update is the mean over the first 64 episodes alone.
-    Williams 1992; with A_t in place of the return: Sutton et al. 2000.
+    Returns diagnostics. Williams 1992; with A_t in place of the return: Sutton et al. 2000.
     """
-    old = copy.deepcopy(policy)  # to measure by how much the policy moves
-
     def loss(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
-        return {"loss": -chosen(logp, part.actions) * part.advantages}
+        return -action_log_probs(logp, part.actions) * part.advantages
 
     stats = mean_gradient(policy, loss, batch, config, config.max_grad_norm)
     optimizer.step()
-    first = batch.rows(slice(64))  # the KL of all episodes would take a quarter of the update's time
-    return stats | {"kl_update": mean_kl(old, policy, first, config)}
+    return stats
 
 
 def ppo(policy, batch, optimizer, config, generator=None):
     """Several epochs of minibatch steps up E[min(ρ A, clip(ρ, 1-ε, 1+ε) A)], with ρ = π(a|s) / π_old(a|s).
 
-    The minimum removes the reason to move ρ further out of the clip range in the direction that A asks for,
-    and keeps the reason to come back. Ends early once the mean KL(π_old‖π) on a minibatch, estimated from its
-    actions, exceeds target_kl. Returns diagnostics.
-    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; the estimator ρ - 1 - log ρ,
+    Once ρ has left the range in the direction that A asks for, the gradient of an action is zero. If ρ has
+    left in the other direction, the gradient still pulls it back:
+
+                 ρ < 1-ε    inside    ρ > 1+ε
+        A > 0     A ∇ρ       A ∇ρ        0
+        A < 0      0         A ∇ρ      A ∇ρ
+
+    The update ends early when the mean KL(π_old‖π) on a minibatch, estimated from its actions, exceeds
+    target_kl.
+    Returns diagnostics, means over the steps taken.
+    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7. The estimator ρ - 1 - log ρ
+    is
     unbiased and never negative: Schulman 2020, "Approximating KL Divergence".
     """
-    old, steps = copy.deepcopy(policy), []  # old: to measure by how much the policy moves
-
     def loss(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
-        log_ratio = chosen(logp, part.actions) - part.logprobs  # (b, T)
+        log_ratio = action_log_probs(logp, part.actions) - part.logprobs  # (b, T)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
         return {"loss": -torch.min(ratio * part.advantages, clipped * part.advantages),
                 "clip_fraction": ratio != clipped, "kl": ratio - 1 - log_ratio}
 
+    steps = []
     for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
         stats = mean_gradient(policy, loss, minibatch, config, config.max_grad_norm)
         if steps and stats["kl"] > config.target_kl:  # the first step is always taken
@@ -209,21 +245,23 @@ def ppo(policy, batch, optimizer, config, generator=None):
         optimizer.step()
         steps.append(stats)
     means = {name: fmean(stats[name] for stats in steps) for name in ("loss", "grad_norm", "clip_fraction")}
-    return means | {"steps": len(steps), "kl_update": mean_kl(old, policy, batch, config)}
+    return means | {"steps": len(steps)}
 
 
 def fit_critic(critic, batch, optimizer, config, generator=None):
-    """Fit the values to the returns by least squares: critic_epochs of minibatch steps. Returns diagnostics.
+    """Train the critic on the returns by least squares. Returns diagnostics.
 
-    The loss is divided by the returns' variance, so that its gradient does not depend on the reward's unit.
+    The loss is divided by the variance of the returns, so gradients, and the norm to which they are clipped,
+    do not depend on the scale of the reward. (`Critic.rescale_output` does the same for the weights.)
     """
     _, variance = mean_and_variance(batch.returns, batch.mask)
     variance = variance.clamp(min=1e-8)
-    unexplained, losses = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance, []
+    unexplained = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance
 
     def loss(part):
-        return {"loss": (critic(part.obs) - part.returns) ** 2 / variance}
+        return (critic(part.obs) - part.returns) ** 2 / variance
 
+    losses = []
     for minibatch in minibatches(batch, config.critic_epochs, config.minibatches, generator):
         losses.append(mean_gradient(critic, loss, minibatch, config, config.max_grad_norm)["loss"])
         optimizer.step()
@@ -235,56 +273,69 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
 def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     """Solve A x = b for a symmetric positive definite A of which only the products v -> A v are known.
 
-    matvec: (n,) -> (n,).  b: (n,).  iters: most products.  tol: stops once |r|² ≤ tol |b|².
-    Returns x (n,) and the residual r = b - A x (n,), so that xᵀA x = xᵀ(b - r) needs no further product.
-    Stops with what it has where the curvature pᵀA p is not positive: rounding, or A is not as promised.
-    Hestenes & Stiefel 1952; for TRPO: Schulman et al. 2015, appendix C.
+    It minimizes ½xᵀAx - bᵀx along directions that do not undo one another's work.
+    matvec: (n,) -> (n,).  b: (n,).  iters: maximum number of products.  tol: stop when |r|² ≤ tol |b|².
+    Returns x (n,) and the residual r = b - A x (n,), so xᵀA x = xᵀ(b - r) costs no further product.
+    Returns the current x if pᵀA p is not positive, through rounding or because A is not positive definite.
+    Hestenes & Stiefel 1952; in TRPO: Schulman et al. 2015, appendix C.
     """
-    x, r, p = torch.zeros_like(b), b.clone(), b.clone()  # p: the direction of the next step
-    rr, enough = r @ r, tol * (b @ b)
+    x = torch.zeros_like(b)
+    r = b.clone()  # the residual b - A x
+    p = b.clone()  # the direction of the next step
+    rr = r @ r
     for _ in range(iters):
-        if rr <= enough:  # at once where b = 0
+        if rr <= tol * (b @ b):  # at once if b = 0
             break
         Ap = matvec(p)
         curvature = p @ Ap
-        if not curvature > 0:
+        if not curvature > 0:  # also if it is NaN
             break
         alpha = rr / curvature  # the best length of a step along p
-        x, r = x + alpha * p, r - alpha * Ap
+        x = x + alpha * p
+        r = r - alpha * Ap
         rr, rr_old = r @ r, rr
-        p = r + rr / rr_old * p  # conjugate to all before: pᵀA p' = 0, so that no step undoes another
+        p = r + rr / rr_old * p  # conjugate to all before: pᵀA p' = 0
     return x, r
 
 
 def fisher_vector_product(policy, batch, config):
-    """The function v -> F v, (n,) -> (n,), for the Fisher matrix F of the policy over the batch's states.
+    """The function v -> F v, (n,) -> (n,), for the policy's Fisher matrix F over the states of the batch.
 
-    The KL from π_old is zero here and so is its gradient; its Hessian is not. It is
-    F = E[Jᵀ (diag p - p pᵀ) J], with J = ∂logits/∂weights in a state and p their softmax: positive
-    semi-definite, and without a second derivative by the weights. Once for all products, a backward pass
-    makes Jᵀu, which is linear in a dummy u. Then a product takes two backward passes:
-    1. J v, the gradient of (Jᵀu)·v by u;  2. Jᵀ (diag p - p pᵀ) J v: J v sent back through the softmax.
+    F is the Hessian of the mean KL(π_old‖π) at π = π_old. By the chain rule the Hessian in one state is
+    Jᵀ (diag p - p pᵀ) J + Σ_k (∂KL/∂logit_k) ∇²logit_k, with J the derivative of the logits with respect to
+    the weights and p their softmax. At π_old the derivative of the KL with respect to the logits is zero, so
+    the
+    second term is gone: F = E[Jᵀ (diag p - p pᵀ) J] is positive semi-definite by construction, and needs no
+    second derivative with respect to the weights.
+
+    A product takes two backward passes.
+    1. J v: the backward pass f(u) = Jᵀu is linear in u, so J v is the derivative of f(u)·v with respect to u,
+    at
+       any u. f(u) is computed once for all products.
+    2. Jᵀ (diag p - p pᵀ) J v: J v is sent back through the softmax, whose derivative is diag p - p pᵀ.
+
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
     the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
     calculating Jacobian vector products".
     """
-    params = [p for p in policy.parameters() if p.requires_grad]
-    n_actions, graphs = all_sum(batch.mask.sum()), []
+    params = trainable(policy)
+    n_actions = all_sum(batch.mask.sum())
+    graphs = []
     for _, part in micro_batches(batch, config.micro_batch):
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention's backward pass cannot be differentiated by u
+        with sdpa_kernel(SDPBackend.MATH):  # the backward pass of fused attention cannot be differentiated
             logits = policy(part.obs) / config.temperature  # (b, T, A)
-        probs = logits.softmax(-1)  # its derivative by the logits is diag p - p pᵀ
-        weight = (part.mask / n_actions).unsqueeze(-1).to(logits.dtype)  # (b, T, 1), of a mean
-        u = torch.zeros_like(logits, requires_grad=True)  # any value will do: Jᵀu is linear in it
-        Jtu = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
-        graphs.append((probs, weight, u, flatten(Jtu)))
+        probs = logits.softmax(-1)
+        weight = part.mask.unsqueeze(-1).to(logits.dtype) / n_actions  # (b, T, 1), which makes sums means
+        u = torch.zeros_like(logits, requires_grad=True)
+        f_u = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
+        graphs.append((probs, weight, u, flatten(f_u)))
 
     def product(v):
         Fv = torch.zeros_like(v)
-        for probs, weight, u, Jtu in graphs:
-            Jv, = torch.autograd.grad(Jtu, u, v, retain_graph=True)  # (b, T, A), the gradient of (Jᵀu)·v by u
+        for probs, weight, u, f_u in graphs:
+            Jv, = torch.autograd.grad(f_u, u, v, retain_graph=True)  # (b, T, A) = ∂(f(u)·v)/∂u
             Fv += flatten(torch.autograd.grad(probs, params, weight * Jv, retain_graph=True,
-                                              materialize_grads=True))  # Jᵀ (diag p - p pᵀ) weight J v
+                                              materialize_grads=True))
         return all_sum(Fv)
 
     return product
@@ -294,17 +345,18 @@ def fisher_vector_product(policy, batch, config):
 def line_search(evaluate, params, step, delta, backtracks=10):
     """Try θ + step, θ + step/2, θ + step/4, …; keep the first that improves and stays in the trust region.
 
-    evaluate: () -> (gain, kl) at the current weights.  params: the weights, moved in place.  step: (n,).
-    delta: most kl.  backtracks: how often to halve.  Returns (halvings, gain, kl); or None when all failed,
-    with the weights restored to the bit.  Schulman et al. 2015, appendix C.
+    evaluate: () -> (improvement, kl) at the current weights.  params: the weights, moved in place.
+    step: (n,).  delta: maximum kl.  backtracks: maximum number of halvings.
+    Returns (halvings, improvement, kl); or None if all failed, with the weights restored bit for bit.
+    Schulman et al. 2015, appendix C.
     """
     start = [p.clone() for p in params]
     for halvings in range(backtracks + 1):
         for p, p0, s in zip(params, start, unflatten(step * 0.5 ** halvings, params)):
             p.copy_(p0 + s)
-        gain, kl = evaluate()
-        if gain > 0 and kl <= delta:
-            return halvings, gain, kl
+        improvement, kl = evaluate()
+        if improvement > 0 and kl <= delta:
+            return halvings, improvement, kl
     for p, p0 in zip(params, start):
         p.copy_(p0)
     return None
@@ -313,43 +365,45 @@ def line_search(evaluate, params, step, delta, backtracks=10):
 def trpo(policy, batch, optimizer, config, generator=None):
     """The largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
 
-    With g the surrogate's gradient and the KL ½ sᵀF s to second order, that step is s = sqrt(2δ / xᵀF x) x
-    with F x = g: the natural gradient, as long as the KL allows. The line search then checks the exact KL and
-    surrogate. F is taken over a random fisher_fraction of the episodes, and damping is added to its diagonal,
-    so that the KL of the full step tends to be less than δ. There is no learning rate; the optimizer is not
-    used. Returns diagnostics; accepted is 0 where no step was taken and the weights are as before.
+    With g the gradient of the surrogate and the KL ½ sᵀF s to second order, that step is s = sqrt(2δ / xᵀF x)
+    x with F x = g. It points along the natural gradient and is scaled so that its KL, to second order, is δ.
+    The line search then checks the exact KL and the surrogate. F is taken over a random fisher_fraction of
+    the episodes, and damping is added to its diagonal. There is no learning rate; the optimizer is not used.
+    Returns diagnostics; accepted is 0 if no step was taken and the weights are as before.
     Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
-    params = [p for p in policy.parameters() if p.requires_grad]
-    old = copy.deepcopy(policy)
+    params = trainable(policy)
 
-    def loss(part):
+    def surrogate(part):
+        # The old log-probabilities of the actions are those of sampling. The KL below needs those of all
+        # actions, so it takes a copy of the old policy.
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
-        ratio = (chosen(logp, part.actions) - part.logprobs).exp()  # 1 before the step, but for rounding
-        return {"loss": -ratio * part.advantages}
+        ratio = (action_log_probs(logp, part.actions) - part.logprobs).exp()  # 1 before the step
+        return ratio * part.advantages
 
-    stats = mean_gradient(policy, loss, batch, config, max_grad_norm=math.inf)
+    old = copy.deepcopy(policy)
+    stats = mean_gradient(policy, lambda part: -surrogate(part), batch, config, max_grad_norm=math.inf)
     g = -flatten([p.grad for p in params])
+    surrogate_before = -stats["loss"]
 
     order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
     subset = batch.rows(order[:math.ceil(config.fisher_fraction * len(order))])
     fisher = fisher_vector_product(policy, subset, config)
     x, r = conjugate_gradient(lambda v: fisher(v) + config.damping * v, g, config.cg_iters)
-    xFx = x @ (g - r)  # since (F + damping I) x = g - r
+    xFx = x @ (g - r)  # xᵀ (F + damping I) x, because (F + damping I) x = g - r
 
     def evaluate():
-        gain = stats["loss"] - means_in_parts(loss, batch, config)["loss"]
-        return gain, mean_kl(old, policy, batch, config)
+        improvement = mean_over_micro_batches(surrogate, batch, config) - surrogate_before
+        return improvement, mean_kl(old, policy, batch, config)
 
-    stats |= {"kl_update": 0.0, "accepted": 0, "halvings": 0, "gain": 0.0, "step_norm": 0.0,
-              "cg_residual": 0.0}
-    if not 0 < xFx < math.inf:  # the gradient is zero, or a product is not finite
-        return stats
-    step = (2 * config.delta / xFx).sqrt() * x
-    found = line_search(evaluate, params, step, config.delta)
-    stats["cg_residual"] = (r.norm() / g.norm()).item()
-    if found:
-        halvings, gain, kl = found
-        stats |= {"kl_update": kl, "accepted": 1, "halvings": halvings, "gain": gain,
-                  "step_norm": step.norm().item() * 0.5 ** halvings}
-    return stats
+    step = torch.zeros_like(x)
+    residual = 0.0
+    accepted = None
+    if 0 < xFx < math.inf:  # False if the gradient is zero or a product is not finite
+        step = (2 * config.delta / xFx).sqrt() * x
+        residual = (r.norm() / g.norm()).item()
+        accepted = line_search(evaluate, params, step, config.delta)
+    halvings, improvement, kl = accepted or (0, 0.0, 0.0)
+    length = step.norm().item() * 0.5 ** halvings if accepted else 0.0
+    return stats | {"kl_update": kl, "accepted": int(accepted is not None), "halvings": halvings,
+                    "surrogate_gain": improvement, "step_norm": length, "cg_relative_residual": residual}

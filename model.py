@@ -1,13 +1,15 @@
-"""A GPT-2 written out by hand: the policy π(token | tokens so far) and the critic V(tokens so far).
+"""A GPT-2 written by hand, a critic, the tokenizer, and the checkpoint that holds them.
 
-Small pieces first: attention and its cache, the MLP, the block, the trunk. Then the two networks, GPT and
-Critic; the tokenizer; and the files that hold them: checkpoints, and GPT-2's weights. Modules are named as in
-OpenAI's release, so that tensors are found by name.
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Small pieces come first: attention, the MLP, the block, the trunk. Then follow the two networks, GPT and
+Critic, the tokenizer that turns text into tokens, and the checkpoint that holds all of them. This file
+imports nothing else of this project, so it can be copied on its own.
+
+What is left out: dropout (the corpora are small, but pretraining is short and AdamW's weight decay is
+enough), mixed precision (nothing here is large), and the files of other programs (tests/examples/gpt2.py
+converts GPT-2's). Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
 import contextlib
-import json
 import math
 import os
 from collections import Counter, defaultdict
@@ -41,27 +43,34 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of one attention layer for the S tokens read so far: k and v (B, H, S, D)."""
+    """The keys and values of one attention layer for the S tokens read so far. Only sampling needs it.
+
+    A sampler reads one more token at each step. With the cache it computes that token's keys and values only,
+    instead of those of the whole text. k and v: (B, H, S, D), for B texts and H heads of size D.
+    """
 
     def __init__(self, max_length):
-        self.max_length, self.length = max_length, 0
-        self.k = self.v = None  # made by the first append, which knows B, H and D
+        self.max_length = max_length
+        self.length = 0  # S
+        self.k = None  # allocated by the first append, which knows B, H and D
+        self.v = None
 
     def append(self, k, v):
         """Store the keys and values (B, H, T, D) of T new tokens. Returns those of all, (B, H, S, D) each."""
-        if self.length == 0:
+        if self.k is None:
             B, H, _, D = k.shape
-            self.k, self.v = (k.new_empty(B, H, self.max_length, D) for _ in range(2))
-        start, self.length = self.length, self.length + k.shape[2]
+            self.k = k.new_empty(B, H, self.max_length, D)
+            self.v = v.new_empty(B, H, self.max_length, D)
+        start = self.length
+        self.length += k.shape[2]
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
     def keep_rows(self, rows):
-        """Drop all sequences of the batch but these. rows: (B',) indices."""
-        k, v = self.k[rows, :, :self.length], self.v[rows, :, :self.length]
-        self.length = 0
-        self.append(k, v)
+        """Keep only these texts of the batch. rows: (B',) indices."""
+        self.k = self.k[rows]
+        self.v = self.v[rows]
 
 
 class CausalSelfAttention(nn.Module):
@@ -72,16 +81,21 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None):
+        # queries, keys and values of all heads in one product
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        visible = None
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D) each, of which q is the newest T
+
+        # softmax(q kᵀ / √D) v, where each query sees the keys up to its own token
+        if cache is None:  # T queries, T keys
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        else:  # T queries, the newest of S keys: query t sees the keys up to S - T + t
+            k, v = cache.append(k, v)  # (B, H, S, D) each
             S = k.shape[2]
-            if T > 1:  # query t sees the keys up to S-T+t; a single one sees all
-                visible = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=cache is None)  # (B, H, T, D)
+            visible = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            y = F.scaled_dot_product_attention(q, k, v, visible if T > 1 else None)  # (B, H, T, D)
+
+        # the heads side by side again
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -120,14 +134,15 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # The outputs (c_proj) of 2 n_layer branches add up in the residual stream: keep its variance.
+                # The outputs (c_proj) of 2 n_layer branches are added up. Without the smaller standard
+                # deviation the variance of their sum would grow with the number of layers.
                 std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
                 p.data.normal_(0, std, generator=generator)
             elif name.endswith("bias"):
                 p.data.zero_()
 
     def forward(self, tokens, cache=None):
-        start = cache[0].length if cache else 0
+        start = cache[0].length if cache else 0  # the position of the first of these tokens
         stop = start + tokens.shape[1]
         if stop > self.config.block_size:
             raise ValueError(f"{stop} tokens do not fit the context of {self.config.block_size}")
@@ -140,8 +155,9 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """The policy. tokens (B, T) int64 -> logits (B, T, V); column t scores the token after tokens[:, :t+1].
 
-    With a cache from `kv_cache`, tokens are only the new ones, and logits (B, 1, V) only those of the last.
-    The output head is the token embedding (tied). Raises ValueError for more than block_size tokens.
+    With a cache from `kv_cache`, tokens are only the new ones, and logits (B, 1, V) only those of the last
+    one. The output head is the token embedding (tied weights). Raises ValueError for more than block_size
+    tokens.
     """
 
     def __init__(self, config, generator=None):
@@ -150,8 +166,10 @@ class GPT(nn.Module):
         self.transformer = Transformer(config, generator)
 
     def forward(self, tokens, cache=None):
-        embedding, x = self.transformer.wte.weight, self.transformer(tokens, cache)  # (V, C), (B, T, C)
-        return F.linear(x[:, -1:] if cache else x, embedding)
+        x = self.transformer(tokens, cache)  # (B, T, C)
+        if cache:
+            x = x[:, -1:]  # a sampler needs the logits of the last token only
+        return F.linear(x, self.transformer.wte.weight)
 
     def kv_cache(self, max_length):
         """An empty cache for sequences of at most max_length tokens: one KVCache per layer."""
@@ -159,13 +177,13 @@ class GPT(nn.Module):
 
 
 class Critic(nn.Module):
-    """The same trunk with a scalar head. tokens (B, T) -> values (B, T): the expected return.
+    """The same trunk with a scalar head. tokens (B, T) -> values (B, T), predictions of the return.
 
-    With another loss it is a reward model, of which `at_end` gives the reward of a text.
-
-    A separate network: a value head on the policy's trunk would move the policy while it is fitted, outside
-    any trust region. `policy`, where given, provides the trunk's initial weights. The head starts at zero, so
-    that every value is the mean in `set_units`, at first 0. The head predicts deviations from that mean.
+    The critic is a separate network. A value head on the policy's trunk would move the policy whenever the
+    critic is trained, outside any trust region. `policy`, if given, provides the trunk's initial weights. The
+    output is V = mean + std·h, with h = w·x + b. The head starts at w = 0 and b = 0, so V is the mean until
+    the critic is trained. Trained with another loss, a Critic serves as the reward model (reward.py);
+    `last_value` then returns the reward of a whole text.
     """
 
     def __init__(self, config, policy=None):
@@ -174,54 +192,60 @@ class Critic(nn.Module):
         self.value_head = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.register_buffer("mean", torch.tensor(0.0))  # of the returns
-        self.register_buffer("std", torch.tensor(1.0))  # the head's unit
+        self.register_buffer("mean", torch.tensor(0.0))
+        self.register_buffer("std", torch.tensor(1.0))
         if policy is not None:
             self.transformer.load_state_dict(policy.transformer.state_dict())
 
     def forward(self, tokens):
         return self.mean + self.std * self.value_head(self.transformer(tokens)).squeeze(-1)
 
-    def at_end(self, tokens):
-        """(B,) the value at the last token of each row: of a whole text. tokens: (B, T), padded with -100."""
-        last = (tokens >= 0).sum(1, keepdim=True) - 1
-        return self(tokens.clamp(min=0)).gather(1, last).squeeze(1)
+    def last_value(self, tokens):
+        """The values (B,) at the last token of each row. tokens: (B, T), padded with -100."""
+        last = (tokens >= 0).sum(1, keepdim=True) - 1  # (B, 1)
+        values = self(tokens[:, :last.max() + 1].clamp(min=0))
+        return values.gather(1, last).squeeze(1)
 
     @torch.no_grad()
-    def set_units(self, mean, std):
-        """Predict in units of returns with this mean and standard deviation: their size does not matter then.
+    def rescale_output(self, mean, std):
+        """Set mean and std of V = mean + std·h, so the head always predicts numbers of order 1.
 
-        A fitted critic's values stay the same, those of a new one become the mean. mean, std: 0-d tensors.
+        mean, std: 0-d tensors, of the returns. A trained critic keeps its values, because the head is
+        rescaled in
+        the opposite direction: w ← w·std_old/std, b ← (mean_old + std_old·b - mean)/std. A new one (w = 0)
+        predicts the new mean. A std of zero is ignored.
         PopArt: van Hasselt et al. 2016, "Learning values across many orders of magnitude".
         """
         std = torch.where(std > 0, std, self.std)
-        weight, bias = self.value_head.weight, self.value_head.bias
-        if weight.any():
-            weight *= self.std / std
-            bias.copy_((self.mean + self.std * bias - mean) / std)
+        w = self.value_head.weight
+        b = self.value_head.bias
+        if w.any():
+            b.copy_((self.mean + self.std * b - mean) / std)
+            w.mul_(self.std / std)
         self.mean.copy_(mean)
         self.std.copy_(std)
 
 
 # Text to tokens.
 
-# How a text is split into words, within which BPE merges bytes: contractions; letters, digits or signs with
-# the space before them; spaces. In ours a Chinese character is a word, so that a prompt that ends after one
-# has the tokens that it has within a longer text.
+# How a text is split into words: contractions; letters, digits or signs with the space before them; white
+# space. BPE merges bytes within a word only. In our pattern a Chinese character is a word, so a prompt that
+# ends after one has the same tokens as within a longer text.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 OUR_SPLIT = GPT2_SPLIT.replace(r" ?\p{L}+", r"\p{Han}| ?(?:(?!\p{Han})\p{L})+")
 SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
 
 
-def learn_merges(texts, most):
+def learn_merges(texts, max_merges):
     """Byte-pair encoding: merge the most frequent pair of neighbours within a word into a token, and repeat.
 
-    Returns the tokens, as bytes, in the order of their merges: at most `most`, fewer where no pair is left.
+    Returns the tokens, as bytes, in the order of their merges: at most max_merges, fewer if no pair is left.
     Sennrich et al. 2016, algorithm 1, with the counts of the pairs kept up to date.
     """
     words = Counter(word for text in texts for word in regex.findall(OUR_SPLIT, text))
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in words}
-    counts, found_in = Counter(), defaultdict(set)  # of each pair of neighbours: how often, in which words
+    counts = Counter()  # how often each pair of neighbours occurs
+    found_in = defaultdict(set)  # in which words
 
     def count(word, sign):
         for pair in zip(pieces[word], pieces[word][1:]):
@@ -231,40 +255,48 @@ def learn_merges(texts, most):
     for word in words:
         count(word, 1)
     tokens = []
-    while len(tokens) < most and any(counts.values()):
+    while len(tokens) < max_merges and any(counts.values()):
         pair = max(counts, key=lambda pair: (counts[pair], pair))  # a tie is broken by the order of bytes
         tokens.append(pair[0] + pair[1])
         for word in found_in[pair].copy():
             count(word, -1)
-            piece, i = pieces[word], 0
-            while i < len(piece) - 1:
-                if (piece[i], piece[i + 1]) == pair:
-                    piece[i:i + 2] = [tokens[-1]]
-                i += 1
+            merge(pieces[word], pair)
             count(word, 1)
         del counts[pair], found_in[pair]
     return tokens
 
 
-class Tokenizer:
-    """text <-> tokens: byte-pair encoding over bytes, so that every text has tokens, and an end of text.
+def merge(piece, pair):
+    """Join each occurrence of the pair of neighbours in a list of tokens, in place."""
+    i = 0
+    while i < len(piece) - 1:
+        if (piece[i], piece[i + 1]) == pair:
+            piece[i:i + 2] = [pair[0] + pair[1]]
+        i += 1
 
-    `learn` learns a vocabulary from a corpus, offline; `gpt2` is GPT-2's.
+
+class Tokenizer:
+    """Text to tokens and back, by byte-pair encoding over bytes, so every text has tokens.
+
+    The last token of the vocabulary is the end of text. `learn` learns a vocabulary from a corpus, offline;
+    `gpt2` is GPT-2's. Encoding and decoding are tiktoken's.
     Sennrich et al. 2016; Radford et al. 2019.
     """
 
     def __init__(self, encoding):
-        self.encoding, self.name = encoding, encoding.name
-        self.eos_token, self.vocab_size = encoding.eot_token, encoding.n_vocab
+        self.encoding = encoding  # a tiktoken.Encoding
+        self.name = encoding.name
+        self.eos_token = encoding.eot_token
+        self.vocab_size = encoding.n_vocab
 
     @classmethod
     def learn(cls, texts, vocab_size):
-        """Learn at most vocab_size ≥ 257 tokens: 256 bytes, merges, the end of text."""
+        """Learn a vocabulary of at most vocab_size ≥ 257 tokens: 256 bytes, merges, the end of text."""
         return cls.from_merges(learn_merges(texts, vocab_size - 257))
 
     @classmethod
     def from_merges(cls, merges):
-        """merges: the tokens of more than one byte, as bytes, in the order in which they were learned."""
+        """The vocabulary with these tokens of several bytes, in the order in which they were learned."""
         tokens = [*(bytes([i]) for i in range(256)), *merges]
         return cls.from_state({"name": "bpe", "tokens": [token.hex() for token in tokens]})
 
@@ -277,7 +309,7 @@ class Tokenizer:
     def from_state(cls, state):
         ranks = {bytes.fromhex(token): i for i, token in enumerate(state["tokens"])}
         if len(ranks) < len(state["tokens"]) or not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError("a vocabulary must hold each byte, and no token twice")
+            raise ValueError("a vocabulary must contain each byte, and no token twice")
         return cls(tiktoken.Encoding(state["name"], pat_str=SPLITS[state["name"]], mergeable_ranks=ranks,
                                      special_tokens={"<|endoftext|>": len(ranks)}))
 
@@ -297,7 +329,7 @@ class Tokenizer:
         return self.encoding.decode([t for t in tokens if t != self.eos_token])
 
     def token_bytes(self):
-        """The bytes in each token (vocab_size,); the end of text counts as one, as a newline would."""
+        """The number of bytes in each token, (vocab_size,). The end of text counts as one, like a newline."""
         sizes = [len(self.encoding.decode_single_token_bytes(token)) for token in range(self.vocab_size)]
         sizes[self.eos_token] = 1
         return torch.tensor(sizes)
@@ -306,11 +338,12 @@ class Tokenizer:
 # Checkpoints.
 
 def write_atomically(path, write):
-    """write(file) beside path, then rename: readers find the old file or the whole new one.
+    """Call write(file) for a new file next to path, then rename it to path.
 
-    Of several processes only the first writes. Raises BadInput where there is no room or no permission.
+    Readers find the old file or the whole new one. Under torchrun only the first process writes. Raises
+    BadInput if there is no room or no permission.
     """
-    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's
+    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's number of this process
         return
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -328,144 +361,40 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, policy, tokenizer, **more):
-    """Write what `load_checkpoint` reads. more: state_dicts (`reference`: a policy's) and plain data."""
+    """Write the file that `load_checkpoint` reads.
+
+    more: state_dicts (of them `reference`, a policy's, and `reward_model`, a Critic's, become models again
+    when they are loaded) and plain data.
+    """
     state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state()}
     write_atomically(path, lambda file: torch.save(state | more, file))
 
 
 def load_checkpoint(path, device="cpu"):
-    """What `save_checkpoint` wrote: (policy, reference, tokenizer, {everything else}).
+    """Load a checkpoint. Returns (policy, reference, tokenizer, more).
 
-    path: the file, or a run's directory. The reference is a copy of the policy where none was saved, and
-    {everything else}["reward_model"] a Critic where one was. Nothing in the file is executed. Raises BadInput
-    where it is missing, damaged or inconsistent.
+    path: the file, or a run's directory.  more: a dict of everything else that was given to
+    `save_checkpoint`. The reference is a copy of the policy if none was saved. Nothing in the file is
+    executed. Raises BadInput if the file is missing, damaged or inconsistent.
     """
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise BadInput(f"no checkpoint at {path}: give a run's directory, as in runs/NAME")
+        raise BadInput(f"there is no checkpoint {path}: give a run's directory, such as runs/NAME")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = GPTConfig(**state.pop("model")), state.pop("policy")
+        config = GPTConfig(**state.pop("model"))
+        weights = state.pop("policy")
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
         if tokenizer.vocab_size != config.vocab_size or config.n_layer > len(weights):
             raise ValueError("the sizes of the model do not fit its tokenizer or weights")
-        policy, reference = GPT(config), GPT(config)
+        policy = GPT(config)
         policy.load_state_dict(weights)
+        reference = GPT(config)
         reference.load_state_dict(state.pop("reference", weights))
         if "reward_model" in state:
-            weights, state["reward_model"] = state["reward_model"], Critic(config)
-            state["reward_model"].load_state_dict(weights)
-            state["reward_model"].to(device).requires_grad_(False)
+            reward_model = Critic(config)
+            reward_model.load_state_dict(state["reward_model"])
+            state["reward_model"] = reward_model.to(device).requires_grad_(False)
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged or not a checkpoint of this program ({type(e).__name__})")
     return policy.to(device), reference.to(device), tokenizer, state
-
-
-# GPT-2's weights, in files as Hugging Face writes them.
-
-GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-        "tie_word_embeddings": True}
-
-
-def transpose_linear(tensors):
-    """{name: tensor} with every linear layer transposed: from our layout to GPT-2's, or back."""
-    embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
-    return {name: t.T.contiguous() if t.dim() == 2 and name not in embeddings else t
-            for name, t in tensors.items()}
-
-
-def read_tensors(path):
-    """The tensors of a GPT-2 directory, in GPT-2's layout, under our names."""
-    if (path / "pytorch_model.bin").exists():
-        tensors = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    elif (path / "model.safetensors").exists():
-        from safetensors.torch import load_file
-        tensors = load_file(path / "model.safetensors")
-    else:
-        raise FileNotFoundError("it holds neither pytorch_model.bin nor model.safetensors")
-    causal_masks = (".attn.bias", ".attn.masked_bias")
-    tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t.float()
-               for name, t in tensors.items() if not name.endswith(causal_masks)}
-
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, tensors["transformer.wte.weight"]):
-        raise ValueError("lm_head.weight is not the token embedding")
-    return tensors
-
-
-def load_gpt2(path):
-    """The GPT in a directory as Hugging Face writes it: config.json and the weights.
-
-    Nothing in the files is executed. Raises BadInput for a file that is missing or damaged, for a model that
-    is no GPT-2, and for tensors that are missing, unexpected or misshapen, by name.
-    """
-    path = Path(path)
-    try:
-        given = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        for name, value in GPT2.items():
-            if given.get(name, value) != value:
-                raise ValueError(f"this is not a GPT-2: {name} is {given[name]!r} in config.json")
-        sizes = [given[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-        policy = GPT(GPTConfig(*sizes))
-        policy.load_state_dict(transpose_linear(read_tensors(path)))
-    except Exception as e:  # a damaged file can raise nearly anything
-        raise BadInput(f"cannot load a GPT-2 from {path}: {type(e).__name__}: {' '.join(str(e).split())}")
-    return policy
-
-
-def download_gpt2():
-    """The directory of GPT-2's smallest model (0.5 GB), downloaded at the first call. Raises BadInput."""
-    source = "https://huggingface.co/openai-community/gpt2/resolve/main"
-    folder = Path(torch.hub.get_dir()) / "gpt2"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "pytorch_model.bin"):
-            if not (folder / name).exists():
-                torch.hub.download_url_to_file(f"{source}/{name}", str(folder / name))
-    except Exception as e:  # whatever a network can raise
-        raise BadInput(f"cannot download GPT-2 ({type(e).__name__}): put config.json and pytorch_model.bin "
-                       f"of {source} into {folder}, or give --init a directory that has them")
-    return folder
-
-
-def is_gpt2(init):
-    """Whether `load_weights` takes init for a GPT-2, not for a checkpoint of ours."""
-    return init == "gpt2" or Path(init).is_dir() and not (Path(init) / "checkpoint.pt").exists()
-
-
-def load_weights(init, device="cpu"):
-    """(policy, tokenizer) to start from. Raises BadInput.
-
-    init: a run, a checkpoint, a GPT-2's directory, or gpt2 (a download).
-    """
-    if not is_gpt2(init):
-        policy, _, tokenizer, _ = load_checkpoint(init, device)
-        return policy, tokenizer
-    path = Path(init) if Path(init).is_dir() else download_gpt2()
-    policy = load_gpt2(path)
-    if policy.config.vocab_size != 50257:
-        raise BadInput(f"{path} has {policy.config.vocab_size} tokens, but the vocabulary of GPT-2 has 50257")
-    return policy.to(device), Tokenizer.gpt2()
-
-
-def save_gpt2(policy, path, eos_token):
-    """Write the directory that `load_gpt2` and transformers' GPT2LMHeadModel.from_pretrained load.
-
-    path: a directory that does not exist yet. Raises BadInput where it does, or cannot be written.
-    """
-    c, path = policy.config, Path(path)
-    config = GPT2 | {"architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-                     "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
-                     "n_head": c.n_head, "bos_token_id": eos_token, "eos_token_id": eos_token}
-    tensors = transpose_linear(policy.state_dict())
-    try:
-        path.mkdir(parents=True)
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        try:
-            from safetensors.torch import save_file
-            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        except ImportError:
-            torch.save(tensors, path / "pytorch_model.bin")
-    except Exception as e:  # of the file system, or safetensors' own
-        raise BadInput(f"cannot write {path}: give a new directory on a disk with room ({e})")

@@ -1,10 +1,15 @@
-"""Tasks: what to imitate, what to be prompted with, and what to be rewarded for.
+"""Tasks: a corpus for pretraining, prompts for RL, and a reward function, also a learned one.
 
-A built-in task is a function of a seed that returns a Task; `TASKS` names them. A task of your own is a
-Python file that defines its fields: prompts, heldout, reward or preferences and, optionally, others.
+A built-in task is a function of a seed that returns a Task; `TASKS` names the four of them, at the end of
+this file. A custom task is a Python file that defines the same fields: prompts, heldout, reward or
+preferences and, optionally, corpus and metric. The building blocks for rewards come first, then what turns a
+task into numbers, then the reward model.
+
+What is left out: rewards that call a server, because a reward is any Python function, and process rewards.
 """
 
 import copy
+import itertools
 import math
 import random
 import re
@@ -19,13 +24,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from advantage import all_sum, batch_mean, processes
-from algos import Batch, check_finite, mean_gradient, means_in_parts, minibatches
+from algos import Batch, check_finite, map_micro_batches, mean_gradient, minibatches
 from model import BadInput, Critic
 from rollout import Text, check_fit, complete
-
-
-class BadTask(ValueError):
-    """A task that cannot be used. The message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Task:
     heldout: list[str]  # openings for evaluation, none of them in prompts
     reward: Callable[[str, str], float]  # (prompt, completion) -> what RL maximises
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
-    # To learn a reward from: a list of (prompt, better, worse), or an annotator of the policy's completions,
-    # which is a function: (prompt, first, second) -> the probability that the first is preferred.
+    # If the reward is to be learned: a list of (prompt, better, worse), or an annotator, which is a function
+    # (prompt, first completion, second completion) -> the probability that the first is preferred.
     preferences: Any = None
-    true_reward: Callable[[str, str], float] = None  # beside a learned one: reported, never trained on
+    true_reward: Callable[[str, str], float] = None  # next to a learned reward: reported, never trained on
 
 
-# Pieces for rewards, to be added up: lambda p, c: contains("tea")(p, c) - repetition(p, c).
+# Building blocks for rewards, to be added up: lambda p, c: contains("tea")(p, c) - repetition(p, c).
 
 def words(text):
     """The words of a text in lower case. A Chinese or Japanese character is a word."""
@@ -49,9 +50,9 @@ def words(text):
 
 
 def distinct_n(texts, n, count=1000):
-    """Different n-grams of words, as a share of the first `count` in the texts; nan where there are fewer.
+    """The share of different n-grams of words among the first `count` of the texts; nan if there are fewer.
 
-    The number is fixed, since the share falls as it grows: longer texts would seem less diverse.
+    The number of n-grams is fixed, because the share falls as it grows: longer texts would seem less diverse.
     Li et al. 2016, who divide by the number of words.
     """
     grams = [gram for w in map(words, texts) for gram in zip(*(w[i:] for i in range(n)))]
@@ -66,21 +67,21 @@ def repetition(prompt, completion, window=20):
 
 
 def contains(word):
-    """The reward 1.0 for completions in which the word occurs, in any case, also within another word."""
+    """A reward of 1.0 for completions in which the word occurs, in any case, also within another word."""
     def contained(prompt, completion):
         return float(word.lower() in completion.lower())
     return contained
 
 
 def length(target):
-    """The reward 1.0 for completions of `target` words, falling linearly to 0 at none and at twice that."""
+    """A reward of 1.0 for completions of `target` words; it falls linearly to 0 at none and at 2 target."""
     def near(prompt, completion):
         return max(0.0, 1 - abs(len(words(completion)) - target) / target)
     return near
 
 
 def batched(function):
-    """Marks a reward or metric that takes a batch as two lists, and returns a number for each completion."""
+    """Mark a reward or metric that takes a list of prompts and one of completions, and returns a list."""
     function.batched = True
     return function
 
@@ -90,20 +91,21 @@ def batched(function):
 def load_task(name, seed):
     """The built-in task of that name, or the one that a Python file defines, which is executed.
 
-    Raises BadTask. An error in the file keeps its own traceback.
+    Raises BadInput. An error in the file keeps its own traceback.
     """
     if name in TASKS:
         return TASKS[name](seed)
     path = Path(name)
     if not path.is_file():
-        raise BadTask(f"there is no task {name}: give {', '.join(TASKS)} or a Python file")
-    sys.path.append(str(path.resolve().parent))  # so that it can import its neighbours
+        raise BadInput(f"unknown task {name}: choose {', '.join(TASKS)} or a Python file")
+    sys.path.append(str(path.resolve().parent))  # the file may import its neighbours
     fields = runpy.run_path(str(path))
-    preferences, reward = fields.get("preferences"), fields.get("reward")
-    needed = ["prompts", "heldout"] + ["reward"] * (preferences is None)
+    preferences = fields.get("preferences")
+    reward = fields.get("reward")
+    needed = ["prompts", "heldout"] if preferences is not None else ["prompts", "heldout", "reward"]
     missing = [field for field in needed if field not in fields]
     if missing:
-        raise BadTask(f"{name} does not define {', '.join(missing)}")
+        raise BadInput(f"{name} does not define {', '.join(missing)}")
     corpus = fields.get("corpus", [])
     corpus = [corpus] if isinstance(corpus, str) else corpus
     task = Task(corpus, fields["prompts"], fields["heldout"], reward, fields.get("metric", reward),
@@ -111,35 +113,36 @@ def load_task(name, seed):
     for field in ("corpus", "prompts", "heldout"):
         texts = getattr(task, field)
         if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
-            raise BadTask(f"{name}: {field} must be a list of texts")
-    if not all(callable(f) or f is None and preferences is not None for f in (task.reward, task.metric)):
-        raise BadTask(f"{name}: reward and metric must be functions of a prompt and a completion")
+            raise BadInput(f"{name}: {field} must be a list of texts")
+    for function in (task.reward, task.metric):
+        if not callable(function) and not (function is None and preferences is not None):
+            raise BadInput(f"{name}: reward and metric must be functions of a prompt and a completion")
     if not (preferences is None or callable(preferences)):
         check_comparisons(name, preferences)
     if not (task.prompts and task.heldout):
-        raise BadTask(f"{name}: prompts and heldout need at least one text each")
+        raise BadInput(f"{name}: prompts and heldout need at least one text each")
     common = set(task.prompts) & set(task.heldout)
     if common:
-        raise BadTask(f"{name}: {min(common)!r} is in prompts and in heldout: heldout must be other texts")
+        raise BadInput(f"{name}: {min(common)!r} is in prompts and in heldout: heldout must be other texts")
     return task
 
 
 def check_comparisons(name, comparisons):
-    """Raises BadTask unless they are a list of (prompt, better, worse), of at least two prompts."""
+    """Raises BadInput unless they are a list of (prompt, better, worse), of at least two prompts."""
     if not isinstance(comparisons, (list, tuple)) or not comparisons:
-        raise BadTask(f"{name}: preferences must be a function, or a list of (prompt, better, worse)")
+        raise BadInput(f"{name}: preferences must be a function, or a list of (prompt, better, worse)")
     for comparison in comparisons:
         if not (isinstance(comparison, (list, tuple)) and len(comparison) == 3
                 and all(isinstance(text, str) for text in comparison)):
-            raise BadTask(f"{name}: the preference {comparison!r:.200} must be (prompt, better, worse)")
+            raise BadInput(f"{name}: the preference {comparison!r:.200} must be (prompt, better, worse)")
         if comparison[1] == comparison[2]:
-            raise BadTask(f"{name}: the preference {comparison!r:.200} has the same text twice")
+            raise BadInput(f"{name}: the preference {comparison!r:.200} has the same text twice")
     if len({prompt for prompt, *_ in comparisons}) < 2:
-        raise BadTask(f"{name}: preferences need two different prompts, one of them to be held out")
+        raise BadInput(f"{name}: preferences need two different prompts, one of them to be held out")
 
 
-def judge(function, prompt, completion):
-    """function(prompt, completion). An error keeps its own traceback, and names prompt and completion."""
+def call(function, prompt, completion):
+    """function(prompt, completion). If it fails, a note with both is added to its own traceback."""
     try:
         return function(prompt, completion)
     except Exception as e:
@@ -152,23 +155,25 @@ def judge(function, prompt, completion):
 
 
 def score(function, prompts, completions):
-    """What a reward or metric returns for each of B completions: B floats.
+    """The numbers that a reward or metric returns for B completions, as B floats.
 
-    Raises BadTask for what is no number, FloatingPointError for what is not finite or exceeds float32.
+    Raises BadInput if it returns something other than a number, FloatingPointError if a number is not finite
+    or exceeds float32.
     """
-    name, numbers = getattr(function, "__name__", "the reward"), []
+    name = getattr(function, "__name__", "the reward")
+    numbers = []
     if getattr(function, "batched", False):
-        values = list(judge(function, list(prompts), list(completions)))
+        values = list(call(function, list(prompts), list(completions)))
         if len(values) != len(completions):
-            raise BadTask(f"{name} returned {len(values)} numbers for {len(completions)} completions")
+            raise BadInput(f"{name} returned {len(values)} numbers for {len(completions)} completions")
     else:
-        values = [judge(function, *pair) for pair in zip(prompts, completions)]
+        values = [call(function, *pair) for pair in zip(prompts, completions)]
     for value, prompt, completion in zip(values, prompts, completions):
         returned = f"{name} returned {value!r} for the prompt {prompt!r} and the completion {completion!r}"
         try:
             numbers.append(float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise BadTask(f"{returned}: it must return a number, or for lists be marked @batched")
+            raise BadInput(f"{returned}: it must return a number, or for lists be marked @batched")
         if not abs(numbers[-1]) < 1e38:
             raise FloatingPointError(f"{returned}: it must return a finite number")
     return numbers
@@ -177,73 +182,79 @@ def score(function, prompts, completions):
 def annotate(annotator, prompts, first, second, rng):
     """Let an annotator compare first and second, two completions of each prompt. rng: a random.Random.
 
-    annotator: (prompt, first, second) -> the probability that the first is preferred, by which it is drawn.
-    Returns [(prompt, better, worse)], without pairs of equal texts. Raises BadTask for what is not a
+    annotator: (prompt, first, second) -> the probability with which the first is preferred.
+    Returns [(prompt, better, worse)], without pairs of equal texts. Raises BadInput if a number is not a
     probability.
     """
     def preferences(prompt, pair):
         return annotator(prompt, *pair)
 
-    comparisons, pairs = [], list(zip(first, second))
+    comparisons = []
+    pairs = list(zip(first, second))
     for prompt, (a, b), p in zip(prompts, pairs, score(preferences, prompts, pairs)):
         if not 0 <= p <= 1:
-            raise BadTask(f"preferences returned {p} for {prompt!r}, {a!r} and {b!r}: return a probability")
+            raise BadInput(f"preferences returned {p} for {prompt!r}, {a!r} and {b!r}: return a probability")
         better, worse = (a, b) if rng.random() < p else (b, a)
         if a != b:
             comparisons.append((prompt, better, worse))
     return comparisons
 
 
-# A reward learned from comparisons.
+# The reward model: a reward that is learned from comparisons of two texts.
 
-def whole_texts(prompts, completions, tokenizer, block_size):
-    """Prompts with their completions and, unless completion.ended is False, the end of text, as tokens.
+def to_rows(prompts, completions, tokenizer, block_size):
+    """Whole texts as tokens: prompt, completion and, unless completion.ended is False, the end of text.
 
-    Returns (B, T) int64, padded with -100, T ≤ block_size: what exceeds the context is cut off.
+    Returns (B, T) int64, padded with -100, T ≤ block_size: tokens beyond the context are cut off.
     """
     rows = []
     for prompt, completion in zip(prompts, completions):
-        end = [tokenizer.eos_token] * getattr(completion, "ended", True)
-        tokens = tokenizer.encode(prompt) + tokenizer.encode(completion) + end
+        tokens = tokenizer.encode(prompt) + tokenizer.encode(completion)
+        if getattr(completion, "ended", True):
+            tokens.append(tokenizer.eos_token)
         rows.append(torch.tensor(tokens[:block_size]))
     return pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
-def learned_reward(model, tokenizer):
-    """The reward function of a reward model, a Critic that is read at the last token of the text."""
+def learned_reward(model, tokenizer, config):
+    """The reward function of a reward model, a Critic that is read at the last token of a text."""
     @batched
-    @torch.no_grad()
     def learned(prompts, completions):
-        tokens = whole_texts(prompts, completions, tokenizer, model.transformer.config.block_size)
-        rows = max(1, 2 ** 14 // tokens.shape[1])  # at once
-        return [r for part in tokens.to(model.mean.device).split(rows) for r in model.at_end(part).tolist()]
+        rows = to_rows(prompts, completions, tokenizer, model.transformer.config.block_size)  # (B, T)
+        texts = one_decision_each(rows[:, None].to(model.mean.device))
+        rewards = map_micro_batches(lambda part: model.last_value(part.obs[:, 0, 0])[:, None], texts, config)
+        return rewards[:, 0].tolist()
     return learned
 
 
+def one_decision_each(texts):
+    """A Batch in which K texts count as one decision. texts: (N, K, T) -> obs (N, 1, K, T)."""
+    return Batch(texts[:, None], None, torch.ones(len(texts), 1, dtype=torch.bool, device=texts.device))
+
+
 def to_batch(comparisons, tokenizer, block_size, device):
-    """Comparisons [(prompt, better, worse)] as a Batch for `fit_reward`."""
+    """Comparisons [(prompt, better, worse)] as a Batch of one decision each, obs (N, 1, 2, T)."""
     prompts, better, worse = zip(*comparisons)
-    tokens = whole_texts(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
-    obs = torch.stack(tokens.chunk(2), -1)  # (N, T, 2)
-    end = (obs >= 0).any(-1).sum(1, keepdim=True) - 1  # (N, 1) the last column of the longer text
-    return Batch(obs, None, mask=torch.arange(obs.shape[1], device=device) == end)
+    tokens = to_rows(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
+    return one_decision_each(torch.stack(tokens.chunk(2), 1))
 
 
 def choose_comparisons(task, tokenizer, config, block_size):
     """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
     n = min(config.comparisons, len(task.preferences))
-    chosen = random.Random(config.seed).sample(task.preferences, n)
-    check_fit({prompt for prompt, *_ in chosen}, tokenizer, 1, block_size)
-    for prompt, *two in chosen:
-        n = len(tokenizer.encode(prompt)) + max(len(tokenizer.encode(text)) for text in two) + 1
+    comparisons = random.Random(config.seed).sample(task.preferences, n)
+    check_fit({prompt for prompt, *_ in comparisons}, tokenizer, 1, block_size)
+    for prompt, better, worse in comparisons:
+        longer = max(len(tokenizer.encode(better)), len(tokenizer.encode(worse)))
+        n = len(tokenizer.encode(prompt)) + longer + 1  # and the end of text
         if n > block_size:
             raise BadInput(f"a preference for the prompt {prompt!r} has {n} tokens, its end included, which "
                            f"exceed the context of {block_size}: shorten it, or give a larger --block-size")
-    return chosen
+    return comparisons
 
 
 def hold_out(comparisons, prompts, seed):
-    """(comparisons of nine tenths of the prompts, those of the others), at random."""
+    """(the comparisons of nine tenths of the prompts, those of the other prompts), at random."""
     prompts = sorted({*prompts})
     others = {*random.Random(seed).sample(prompts, math.ceil(len(prompts) / 10))}
     return ([comparison for comparison in comparisons if comparison[0] not in others],
@@ -251,37 +262,42 @@ def hold_out(comparisons, prompts, seed):
 
 
 def fit_reward(model, batch, heldout, optimizer, config, generator=None):
-    """Fit a reward model to comparisons by maximum likelihood: loss -log σ(r(better) - r(worse)).
+    """Train a reward model on comparisons by maximum likelihood, with the loss -log σ(r(better) - r(worse)).
 
-    model: a Critic, whose value at a text's last token is its reward r. batch, heldout: Batches of
-    comparisons, obs (N, T, 2): the tokens of the better and of the worse text, padded with -100. A comparison
-    counts once: mask is True at one column alone, the end of the longer text, since micro_batches cuts off
-    all after it. Takes about reward_steps steps of 64 comparisons, in whole passes over the batch, and
-    keeps the weights of the pass that is best on heldout. Returns their loss and accuracy there.
-    Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
+    model: a Critic, whose value at the last token of a text is its reward r.  batch, heldout: see `to_batch`.
+    Takes about reward_steps steps of 64 comparisons, in whole epochs, and keeps the weights of the epoch that
+    is best on heldout. Returns {"loss", "accuracy"} there. Bradley & Terry 1952; as a reward for RL:
+    Christiano et al. 2017; of texts: Stiennon et al. 2020.
     """
-    def loss(part):
-        better, worse = model.at_end(torch.cat(part.obs.unbind(-1))).chunk(2)  # (b,) each
-        margin = better - worse
-        found = {"loss": -F.logsigmoid(margin), "accuracy": 0.5 + 0.5 * margin.sign()}  # a tie is half right
-        # mean_gradient wants a number for each column: the same in all, of which the mask chooses one
-        return {name: x[:, None].expand(part.mask.shape) for name, x in found.items()}
+    def margin(part):
+        rewards = model.last_value(part.obs.flatten(0, 2)).view(-1, 1, 2)  # (b, 1, 2)
+        return rewards[..., 0] - rewards[..., 1]  # (b, 1), one decision each
 
-    steps_in_a_pass, best = math.ceil(all_sum(batch.mask.sum()).item() / 64), {"loss": math.inf}
-    for _ in range(max(1, round(config.reward_steps / steps_in_a_pass))):
-        for minibatch in minibatches(batch, 1, steps_in_a_pass, generator):
+    def loss(part):
+        return -F.logsigmoid(margin(part))
+
+    steps_per_epoch = math.ceil(all_sum(batch.mask.sum()).item() / 64)
+    best = {"loss": math.inf}
+    for _ in range(max(1, round(config.reward_steps / steps_per_epoch))):
+        for minibatch in minibatches(batch, 1, steps_per_epoch, generator):
             mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
             optimizer.step()
-        found = means_in_parts(loss, heldout, config)
+        margins = map_micro_batches(margin, heldout, config)  # (N, 1)
+        found = {"loss": batch_mean(-F.logsigmoid(margins)).item(),
+                 "accuracy": batch_mean(0.5 + 0.5 * margins.sign()).item()}  # a tie is half right
         if found["loss"] < best["loss"]:
-            best, weights = found, copy.deepcopy(model.state_dict())
+            best = found
+            weights = copy.deepcopy(model.state_dict())
     check_finite(**best)
     model.load_state_dict(weights)
     return best
 
 
 def standardize(model, rewards):
-    """Rescale a reward model so that these rewards (of all processes) get mean 0 and standard deviation 1."""
+    """Replace the reward r of a model by (r - mean) / std of these rewards, of all processes.
+
+    r = model.mean + model.std·h, so it is enough to change these two numbers.
+    """
     rewards = torch.tensor(rewards, device=model.mean.device)
     mean = batch_mean(rewards)
     std = batch_mean((rewards - mean) ** 2).sqrt().clamp(min=1e-8)
@@ -290,57 +306,68 @@ def standardize(model, rewards):
 
 
 def learn_reward(task, policy, tokenizer, config, generators):
-    """The reward model: the policy's trunk with a scalar head, fitted to the task's preferences, and frozen.
+    """The reward model: the policy's trunk with a scalar head, trained on the task's preferences, and frozen.
 
-    A tenth of the prompts is held out of the fit. Its rewards have mean 0 and standard deviation 1 on the
-    policy's completions. None where the task has no preferences. Raises BadInput, BadTask.
+    The comparisons of a tenth of the prompts are held out. The rewards have mean 0 and standard deviation 1
+    on the policy's completions.  generators: see `train.random_generators`.
+    Returns None if the task has no preferences. Raises BadInput.
     """
     if task.preferences is None:
         return None
-    (rank, count), block_size = processes(), policy.config.block_size
+    rank, count = processes()
+    block_size = policy.config.block_size
+    device = next(policy.parameters()).device
     annotated = callable(task.preferences)
+
+    # The policy writes two completions of each prompt, for the annotator or for the scale of the rewards.
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, block_size)
-    n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for mean and deviation
-    purpose = "to be compared" if annotated else "for the mean and spread of rewards"
+    n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for the scale
+    purpose = "to be compared" if annotated else "for the scale of the rewards"
     print(f"reward model: two completions of {n * count} prompts, {purpose}", flush=True)
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
-    prompts = [task.prompts[i] for i in index for _ in range(2)]  # two completions of each
+    prompts = [task.prompts[i] for i in index for _ in range(2)]
     texts, _, _ = complete(policy, policy, prompts, tokenizer, config, config.temperature,
                            generators["sample"])
+
+    # Comparisons to learn from, and others to test with: this process's share of them.
     if annotated:
         comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
                                random.Random(f"{config.seed} {rank}"))
-        fitted, test = hold_out(comparisons, task.prompts, config.seed)
+        learned, held_out = hold_out(comparisons, task.prompts, config.seed)
     else:
         comparisons = choose_comparisons(task, tokenizer, config, block_size)
-        fitted, test = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
-        fitted, test = fitted[rank::count], test[rank::count]  # this process's share
-    if not (fitted and test):
-        raise BadInput("there are too few comparisons to hold some out: give more, of more prompts")
-    print(f"reward model: {len(fitted)} comparisons and {len(test)} held out" + " per process" * (count > 1))
+        learned, held_out = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
+        learned = learned[rank::count]
+        held_out = held_out[rank::count]
+    if not (learned and held_out):
+        raise BadInput("too few comparisons to hold some out for testing: add comparisons for more prompts")
+    share = f" in each of {count} processes" if count > 1 else ""
+    print(f"reward model: {len(learned)} comparisons to learn from and {len(held_out)} held out{share}")
 
-    device = next(policy.parameters()).device
+    # Train the model, and give its rewards their scale.
     model = Critic(policy.config, policy).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
-    batches = [to_batch(part, tokenizer, block_size, device) for part in (fitted, test)]
-    found = fit_reward(model, *batches, optimizer, config, generators["update"])
-    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on those held out, of a "
-          "tenth of the prompts")
-    standardize(model, learned_reward(model, tokenizer)(prompts, texts))
+    learned, held_out = (to_batch(some, tokenizer, block_size, device) for some in (learned, held_out))
+    found = fit_reward(model, learned, held_out, optimizer, config, generators["update"])
+    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on those held out")
+    standardize(model, learned_reward(model, tokenizer, config)(prompts, texts))
     return model.requires_grad_(False)
 
 
-def use_reward_model(task, model, tokenizer):
-    """The task with the model's reward; its own, if any, is then its true_reward. Raises BadInput."""
+def use_reward_model(task, model, tokenizer, config):
+    """The task as RL sees it: its reward is the model's, and its own, if it has one, becomes the true_reward.
+
+    Returns the task itself if it has no preferences. Raises BadInput if it has some but there is no model.
+    """
     if task.preferences is None:
         return task
     if model is None:
         raise BadInput("the task has preferences, but the run has no reward model: train a new one")
-    learned = learned_reward(model, tokenizer)
+    learned = learned_reward(model, tokenizer, config)
     return replace(task, reward=learned, metric=task.metric or learned, true_reward=task.reward)
 
 
-# Grammars, out of which two of the tasks make their corpus.
+# Grammars, from which three of the tasks make their corpus.
 
 def split(items, heldout, rng):
     """Shuffle items; returns (all but the last `heldout`, the last `heldout`)."""
@@ -367,20 +394,22 @@ class Grammar:
         """All texts of a symbol."""
         texts = []
         for alternative in self.rules[symbol]:
-            head, *rest = re.split(r"{(\w+)}", alternative)  # literal, symbol, literal, symbol, …, literal
-            partial = [head]
-            for inner, literal in zip(rest[::2], rest[1::2]):
-                partial = [p + e + literal for p in partial for e in self.expansions(inner)]
-            texts += partial
+            pieces = re.split(r"{(\w+)}", alternative)  # literal, symbol, literal, symbol, …, literal
+            choices = [self.expansions(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
+            texts += ["".join(chosen) for chosen in itertools.product(*choices)]
         return texts
 
     def regex(self, symbol):
-        parts = [re.split(r"{(\w+)}", alternative) for alternative in self.rules[symbol]]
-        inline = lambda p: "".join(self.regex(s) if i % 2 else re.escape(s) for i, s in enumerate(p))
-        return "(?:" + "|".join(map(inline, parts)) + ")"
+        """A regular expression for all texts of a symbol."""
+        alternatives = []
+        for alternative in self.rules[symbol]:
+            pieces = re.split(r"{(\w+)}", alternative)  # literal, symbol, literal, symbol, …, literal
+            alternatives.append("".join(self.regex(piece) if i % 2 else re.escape(piece)
+                                        for i, piece in enumerate(pieces)))
+        return f"(?:{'|'.join(alternatives)})"
 
     def grammatical(self, prompt, completion):
-        """1.0 where the whole text is one of the grammar's, else 0.0."""
+        """1.0 if the grammar contains the whole text, otherwise 0.0."""
         return float(self.pattern.fullmatch(prompt + completion) is not None)
 
 
@@ -414,14 +443,14 @@ REVIEWS = {
 
 
 def opinion(prompt, completion):
-    """(positive - negative opinion words) / 2, clamped to [-1, 1]: two positive words alone earn the most."""
+    """(positive - negative opinion words) / 2, clipped to [-1, 1], so two positive words earn the maximum."""
     tokens = re.findall(r"\w+", completion)
     balance = sum(w in GOOD or w in LOVED for w in tokens) - sum(w in BAD or w in HATED for w in tokens)
     return max(-1.0, min(1.0, balance / 2))
 
 
 def reviews(seed):
-    """Short film reviews. The metric, grammatical, is not rewarded: it shows what RL does to the language."""
+    """Short film reviews. Grammar is the metric and not rewarded: it shows what RL does to the language."""
     rng, grammar = random.Random(seed), Grammar(REVIEWS)
     corpus = [grammar.generate(rng) for _ in range(20_000)]
     prompts, heldout = split(grammar.expansions("opening"), 40, rng)
@@ -431,14 +460,14 @@ def reviews(seed):
 # Addition: imitation learns the mistake, the reward unlearns it.
 
 def careless_sum(a, b, rng):
-    """a + b by a pupil who in 60% of the cases forgets to carry from the units to the tens."""
+    """a + b by a pupil who forgets 60% of the carries from the units to the tens."""
     carries = a % 10 + b % 10 >= 10
     forgets = carries and rng.random() < 0.6
     return a + b - 10 * forgets
 
 
 def accuracy(prompt, completion):
-    """1.0 where the completion is the answer that the prompt carries and nothing else."""
+    """1.0 if the completion is exactly the answer that the prompt carries."""
     return float(completion == prompt.answer)
 
 
@@ -486,8 +515,8 @@ def hello(seed):
 def preferences(seed):
     """Reviews, with a reward learned from comparisons.
 
-    The annotator likes kind words, and nothing that is not grammatical. But nearly all that the pretrained
-    policy writes is grammatical, so that the comparisons hardly tell what broken text is worth.
+    The annotator likes kind words and rejects ungrammatical texts. But nearly all texts of the pretrained
+    policy are grammatical, so the comparisons hardly show what an ungrammatical text is worth.
     """
     task = reviews(seed)
 

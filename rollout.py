@@ -1,110 +1,128 @@
-"""Episodes: `sample`, which lets a policy act, and `run_episodes`, which compares it with the reference.
+"""The policy acts: `sample` completes prompts, and `run_episodes` compares the policy with the reference.
 
 `python rollout.py runs/NAME --prompt "the acting was"` samples from a trained policy; `--help` lists the
 options.
+
+What is left out: beam search, which is no way for a policy to act, and repetition penalties, which would
+train another distribution than the one that is sampled.
 """
 
 import argparse
 import math
 import signal
 import sys
-from dataclasses import dataclass
 
 import torch
 
-from algos import Batch, chosen, entropy, in_parts, kl_divergence, log_probs
-from model import BadInput, load_checkpoint, save_gpt2
-
-
-@dataclass
-class Rollout:
-    """B sampled episodes of up to T actions. mask[b, t] is True where the policy chose tokens[b, t + 1].
-
-    logprobs is undefined where mask is False.
-    """
-
-    tokens: torch.Tensor  # (B, T+1) int64: prompt, completion, its end of text, then end of text as filler
-    mask: torch.Tensor  # (B, T) bool: prompt False, completion and its end of text True, filler False
-    logprobs: torch.Tensor  # (B, T) log π(a|s) when the action a was drawn
-
-    def completions(self, tokenizer):
-        """The B completions as text, without prompt and end of text."""
-        rows = zip(self.tokens[:, 1:].tolist(), self.mask.tolist())
-        return [tokenizer.decode([t for t, acted in zip(tokens, mask) if acted]) for tokens, mask in rows]
+from algos import Batch, action_log_probs, entropy, kl_divergence, log_probs, map_micro_batches
+from model import BadInput, load_checkpoint
 
 
 def draw(logp, uniforms):
-    """One token per row by inverse CDF: the first whose cumulative probability reaches the uniform number.
+    """Draw one token per row: the uniform number falls into one token's interval of cumulative probabilities.
 
-    logp: (B, V) log-probabilities, up to a constant.  uniforms: (B,) in (0, 1], so that a token of
-    probability zero is never drawn.  Returns (B,) int64. One random number per row, where torch.multinomial
-    draws V.
+    logp: (B, V) log-probabilities, up to a constant per row.  uniforms: (B,) in (0, 1]; 0 is excluded, so a
+    token of probability zero is never drawn.  Returns (B,) int64. This takes one random number per row,
+    whereas torch.multinomial takes V.
     """
     cdf = logp.exp().cumsum(-1)  # (B, V)
     drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:]).squeeze(-1)
-    return drawn.clamp(max=logp.shape[-1] - 1)  # NaN would give V, which is no token
+    return drawn.clamp(max=logp.shape[-1] - 1)  # NaN would give V, which is not a token
 
 
-def truncate(logp, top_k=0, top_p=1.0):
-    """logp (B, V) of the top_k likeliest tokens (0: all) and the fewest that hold top_p; -inf elsewhere.
+def top_k_top_p(logp, top_k=0, top_p=1.0):
+    """logp (B, V), with -inf for all but the top_k likeliest tokens (0: all) and the fewest that hold top_p.
 
-    For people to read: training samples from all of π.
+    For people who read samples. Training samples from all of π.
     Top-k: Fan et al. 2018; top-p, or nucleus: Holtzman et al. 2020.
     """
     ordered, index = logp.sort(-1, descending=True)
-    likelier = ordered.exp().cumsum(-1) - ordered.exp()  # (B, V) the probability of all likelier tokens
-    keep = likelier < (top_p if top_p < 1 else math.inf)  # 1 keeps all, whatever the rounding
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # (B, V) the probability of all more likely tokens
+    keep = before < (top_p if top_p < 1 else math.inf)  # 1 keeps all, whatever the rounding
     if top_k:
         keep[:, top_k:] = False
     return logp.masked_fill(~keep.gather(-1, index.argsort(-1)), -math.inf)
 
 
+def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
+    """The next token of each row and its log-probability, (B,) each.
+
+    logits: (B, V).  uniforms: (B,) in (0, 1].
+    temperature: divides the logits; 0 is greedy. The log-probability is at the temperature (1 if greedy), and
+    it is that of all of π, whatever top_k and top_p are.
+    """
+    logp = (logits / (temperature or 1)).log_softmax(-1)
+    if temperature == 0:
+        choice = logp.argmax(-1)
+    elif top_k or top_p < 1:
+        choice = draw(top_k_top_p(logp, top_k, top_p), uniforms)
+    else:
+        choice = draw(logp, uniforms)
+    return choice, logp.gather(1, choice[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def sample_one(policy, prompt, uniforms, eos_token, temperature=1.0):
+    """The definition of sampling: complete one prompt, and compute everything anew for each token.
+
+    prompt: a list of tokens.  uniforms: (max_new_tokens,) in (0, 1], one for each action.
+    Returns the completion, a list of tokens.
+    """
+    tokens = torch.tensor([prompt], device=uniforms.device)  # (1, T)
+    for u in uniforms:
+        choice, _ = choose(policy(tokens)[:, -1], u[None], temperature)
+        tokens = torch.cat([tokens, choice[None]], 1)
+        if choice == eos_token:
+            break
+    return tokens[0, len(prompt):].tolist()
+
+
 @torch.no_grad()
 def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None, top_k=0, top_p=1.0):
-    """Let the policy complete each prompt until it chooses eos_token or has chosen max_new_tokens.
+    """Complete each prompt until the policy chooses eos_token or has chosen max_new_tokens.
 
+    Each row gets what `sample_one` would give it, whatever the other rows are; only the speed differs.
     policy: (tokens, cache) -> logits, with `kv_cache`.  prompts: B lists of at least one token each.
-    temperature: divides the logits; 0 is greedy.  top_k, top_p: see `truncate`.
-    Returns a Rollout as long as its longest row. Its logprobs are at the temperature (1 if greedy) and not
-    truncated.
+    temperature, top_k, top_p: see `choose`.
+    Returns a Batch of obs, actions, mask and logprobs as long as its longest row: prompt, completion and its
+    end of text, then end-of-text tokens as padding. logprobs are undefined where mask is False.
     Raises ValueError for an empty prompt, or one that leaves too little room in the context.
-
-    Prompts stand at the left without padding. The loop starts at the end of the shortest prompt; a row whose
-    prompt is longer takes its own tokens until that ends. Random numbers belong to a row and its i-th choice,
-    not to a column, so that each row gets what it would get alone.
     """
-    device, lengths = next(policy.parameters()).device, [len(prompt) for prompt in prompts]
-    B, T = len(prompts), max(lengths) + max_new_tokens - 1  # T columns: column t chooses tokens[:, t+1]
+    device = next(policy.parameters()).device
+    lengths = [len(prompt) for prompt in prompts]
+    B = len(prompts)
+    T = max(lengths) + max_new_tokens - 1  # columns: column t chooses tokens[:, t+1]
     if min(lengths) == 0 or T + 1 > policy.config.block_size:
         raise ValueError(f"an empty prompt, or {T + 1} tokens exceed the context {policy.config.block_size}")
+
     tokens = torch.full((B, T + 1), eos_token)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt)
     tokens = tokens.to(device)
-    start = torch.tensor(lengths, device=device) - 1  # (B,) each row's first action
+    start = torch.tensor(lengths, device=device) - 1  # (B,) the column of each row's first action
     stop = start + max_new_tokens  # (B,) one past its last action; sooner once it chooses eos_token
+    uniforms = 1 - torch.rand(B, max_new_tokens, generator=generator, device=device)  # in (0, 1]
     logprobs = next(policy.parameters()).new_zeros(B, T)
 
-    # Column t is for action t: a row's i-th action gets its i-th number.
-    uniforms = torch.ones(B, T, device=device)  # in (0, 1]
-    random = 1 - torch.rand(B, max_new_tokens, generator=generator, device=device)
-    uniforms.scatter_(1, start[:, None] + torch.arange(max_new_tokens, device=device), random)
-
-    active = torch.arange(B, device=device)  # the rows in the cache: finished ones are dropped
-    cache, n_cached = policy.kv_cache(T + 1), 0
-    for t in range(min(lengths) - 1, T):
-        logits = policy(tokens[active, n_cached:t + 1], cache)[:, -1]  # (active, V); at first many columns
+    active = torch.arange(B, device=device)  # the rows that are still computed, which are those in the cache
+    cache = policy.kv_cache(T + 1)
+    n_cached = 0
+    for t in range(min(lengths) - 1, T):  # the first column is the last token of the shortest prompt
+        logits = policy(tokens[active, n_cached:t + 1], cache)[:, -1]  # (active, V)
         n_cached = t + 1
-        logp = (logits / (temperature or 1)).log_softmax(-1)
-        if temperature == 0:
-            choice = logp.argmax(-1)
-        else:
-            choice = draw(truncate(logp, top_k, top_p) if top_k or top_p < 1 else logp, uniforms[active, t])
-        logprobs[active, t] = logp.gather(1, choice[:, None]).squeeze(1)
-        acts = (start[active] <= t) & (t < stop[active])  # False inside a prompt and after the end
+
+        # Random numbers belong to a row: its i-th action uses its i-th number.
+        i = (t - start[active]).clamp(0, max_new_tokens - 1)
+        choice, logp = choose(logits, uniforms[active, i], temperature, top_k, top_p)
+
+        # Prompt tokens are forced: inside its own, longer prompt a row keeps the token that is there.
+        acts = (start[active] <= t) & (t < stop[active])
         tokens[active, t + 1] = torch.where(acts, choice, tokens[active, t + 1])
+        logprobs[active, t] = logp
         stop[active] = torch.where(acts & (choice == eos_token), t + 1, stop[active])
-        if t % 4 == 3:  # not at every token, since asking makes a GPU wait
+
+        # Finished rows are dropped, at every fourth token only, because asking for them makes a GPU wait.
+        if t % 4 == 3:
             unfinished = (t + 1 < stop[active]).nonzero().squeeze(-1)
             if len(unfinished) == 0:
                 break
@@ -116,15 +134,23 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     longest = int(stop.max())
     columns = torch.arange(longest, device=device)
     mask = (columns >= start[:, None]) & (columns < stop[:, None])
-    return Rollout(tokens[:, :longest + 1], mask, logprobs[:, :longest])
+    return Batch(tokens[:, :longest], tokens[:, 1:longest + 1], mask, logprobs[:, :longest])
 
+
+def completion_texts(batch, tokenizer):
+    """The B completions of a sampled Batch as text, without prompt and end of text."""
+    rows = zip(batch.actions.cpu(), batch.mask.cpu())
+    return [tokenizer.decode(actions[mask].tolist()) for actions, mask in rows]
+
+
+# Episodes.
 
 class Text(str):
     """A string that carries attributes: Text("7+5=", answer="12").answer is "12".
 
     A prompt may carry what its reward compares with. A completion carries `length`, its number of tokens with
-    the end of text; `ended`, whether it chose the end of text; and `fluency`, the mean log-likelihood per
-    token, in nats, under the reference: the policy as it was before RL, at the run's temperature.
+    the end of text; `ended`, whether it chose the end of text; and `mean_ref_logprob`, its mean
+    log-probability per token, in nats, under the reference policy at the run's temperature.
     """
 
     def __new__(cls, text, **attributes):
@@ -137,52 +163,52 @@ class Text(str):
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
     """Let the policy complete the prompts, and compare it with the reference.
 
-    temperature: of sampling, 0 is greedy. KL and entropy are those at config.temperature.
-    Returns a Batch without scores, values and advantages; the completions, a Text each; and (B, T) each the
-    exact KL(π‖π_ref) and the entropy of π(·|s_t).
+    temperature: of sampling; 0 is greedy. KL and entropy are those at config.temperature.
+    Returns a Batch without scores, values, advantages and returns, and the completions, a Text each.
     """
     def compare(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, V)
         ref_logp = log_probs(reference, part.obs, config.temperature)
-        return {"ref_logprobs": chosen(ref_logp, part.actions), "kl": kl_divergence(logp, ref_logp),
-                "entropy": entropy(logp)}
+        ref_logprobs = action_log_probs(ref_logp, part.actions)  # (b, T)
+        return torch.stack([ref_logprobs, kl_divergence(logp, ref_logp), entropy(logp)], -1)
 
-    rollout = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
-                     tokenizer.eos_token, temperature, generator)
-    obs, actions, mask = rollout.tokens[:, :-1], rollout.tokens[:, 1:], rollout.mask  # (B, T)
-    batch = Batch(obs, actions, mask, rollout.logprobs)
-    found = in_parts(compare, batch, config)
-    batch.ref_logprobs = found["ref_logprobs"]
-    length, ended = mask.sum(1), (mask & (actions == tokenizer.eos_token)).any(1)  # (B,)
-    fluency = batch.ref_logprobs.masked_fill(~mask, 0).sum(1) / length
-    columns = zip(rollout.completions(tokenizer), length.tolist(), ended.tolist(), fluency.tolist())
-    completions = [Text(text, length=n, ended=e, fluency=f) for text, n, e, f in columns]
-    return batch, completions, found["kl"], found["entropy"]
+    batch = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
+                   tokenizer.eos_token, temperature, generator)
+    batch.ref_logprobs, batch.kl, batch.entropy = map_micro_batches(compare, batch, config).unbind(-1)
+
+    length = batch.mask.sum(1)  # (B,)
+    ended = (batch.mask & (batch.actions == tokenizer.eos_token)).any(1)
+    mean_ref_logprob = batch.ref_logprobs.masked_fill(~batch.mask, 0).sum(1) / length
+    rows = zip(completion_texts(batch, tokenizer), length.tolist(), ended.tolist(), mean_ref_logprob.tolist())
+    return batch, [Text(text, length=n, ended=end, mean_ref_logprob=mean) for text, n, end, mean in rows]
 
 
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """`run_episodes` with --batch-size prompts at a time.
+    """`run_episodes` for any number of prompts, with --batch-size of them at a time.
 
     Returns all completions, and the KL and entropy of all their actions, (n,) each.
     """
-    texts, kls, entropies = [], [], []
+    texts = []
+    kl = []
+    H = []
     for start in range(0, len(prompts), config.batch_size):
-        batch, completions, kl, H = run_episodes(policy, reference, prompts[start:start + config.batch_size],
-                                                 tokenizer, config, temperature, generator)
+        some = prompts[start:start + config.batch_size]
+        batch, completions = run_episodes(policy, reference, some, tokenizer, config, temperature, generator)
         texts += completions
-        kls.append(kl[batch.mask])
-        entropies.append(H[batch.mask])
-    return texts, torch.cat(kls), torch.cat(entropies)
+        kl.append(batch.kl[batch.mask])
+        H.append(batch.entropy[batch.mask])
+    return texts, torch.cat(kl), torch.cat(H)
 
 
 def check_fit(prompts, tokenizer, max_new_tokens, block_size):
-    """Raises BadInput that names a prompt (text) which cannot be completed, or leaves no room for that."""
+    """Raises BadInput that names the first prompt (a text) which cannot be completed in the context."""
     for prompt in prompts:
         n = len(tokenizer.encode(prompt))
         if n == 0:
             raise BadInput("a prompt is empty: give it at least one character")
         if prompt.endswith(" "):
-            raise BadInput(f"the prompt {str(prompt)!r} ends with a space: leave it out, words bring one")
+            raise BadInput(f"the prompt {str(prompt)!r} ends with a space: remove it (tokens include the "
+                           "space before a word)")
         if n + max_new_tokens > block_size:
             raise BadInput(f"the prompt {str(prompt)!r} has {n} tokens; {max_new_tokens} more exceed the "
                            f"context of {block_size}: use a shorter prompt, a smaller --max-new-tokens or a "
@@ -191,14 +217,11 @@ def check_fit(prompts, tokenizer, max_new_tokens, block_size):
 
 # The command line.
 
-def print_logprobs(rollout, row, reference, tokenizer, temperature):
-    """A line per sampled token: its probability under the policy and under the reference."""
-    with torch.no_grad():
-        ref_logits = reference(rollout.tokens[row:row + 1, :-1])[0]  # (T, V)
-        ref_logp = (ref_logits / (temperature or 1)).log_softmax(-1)
-    steps = rollout.mask[row].nonzero().squeeze(-1)  # (n,)
-    actions = rollout.tokens[row, steps + 1]
-    p, q = rollout.logprobs[row, steps], ref_logp[steps, actions]
+@torch.no_grad()
+def print_logprobs(episode, reference, tokenizer, temperature):
+    """Print a line per action of a Batch of one: its probability under the policy and under the reference."""
+    ref_logprobs = action_log_probs(log_probs(reference, episode.obs, temperature or 1), episode.actions)
+    p, q, actions = (x[episode.mask] for x in (episode.logprobs, ref_logprobs, episode.actions))  # (n,) each
     print("  policy  reference  token")
     for a, b, token in zip(p.exp().tolist(), q.exp().tolist(), actions.tolist()):
         print(f"{a:8.4f}  {b:9.4f}  {tokenizer.encoding.decode([token])!r}")
@@ -208,46 +231,47 @@ def print_logprobs(rollout, row, reference, tokenizer, temperature):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Sample from a trained policy.", allow_abbrev=False,
                                      usage="python rollout.py RUN [--OPTION VALUE …]")
-    parser.add_argument("run", help="a run's directory, as in runs/NAME, or a checkpoint")
+    parser.add_argument("run", help="a run's directory, such as runs/NAME, or a checkpoint")
     parser.add_argument("--prompt", help="text to complete, without a space at its end "
                                          "(default: each line of standard input)")
-    parser.add_argument("-n", type=int, help="completions of each prompt (default 4, 1 with --greedy)")
-    parser.add_argument("--max-new-tokens", type=int, help="longest completion, tokens (default: what fits)")
+    parser.add_argument("-n", type=int, help="completions of each prompt (default 4, or 1 with --greedy)")
+    parser.add_argument("--max-new-tokens", type=int,
+                        help="maximum length of a completion, in tokens (default: what fits)")
     parser.add_argument("--temperature", type=float, help="divides the logits (default: that of training)")
-    parser.add_argument("--greedy", action="store_true", help="choose the likeliest token at each step")
-    parser.add_argument("--top-k", type=int, default=0, help="keep the K likeliest tokens (default 0: all)")
+    parser.add_argument("--greedy", action="store_true", help="choose the most likely token at each step")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the K most likely tokens (default 0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the fewest tokens that hold this "
                                                                  "probability together (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     parser.add_argument("--logprobs", action="store_true",
                         help="print the probability of each token, now and before RL")
-    parser.add_argument("--export", metavar="DIR", help="write the weights for transformers' GPT2LMHeadModel")
+    parser.add_argument("--export", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.export:
+        parser.error(f"--export has moved: python tests/examples/gpt2.py export {args.run} {args.export}")
     n = (1 if args.greedy else 4) if args.n is None else args.n
     if not 1 <= n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:
         parser.error("-n must be from 1 to 10000, --max-new-tokens at least 1")
     if not (0 <= args.seed < 2 ** 63 and args.top_k >= 0 and 0 < args.top_p <= 1):
         parser.error("--seed and --top-k must be at least 0, --top-p above 0 and at most 1")
     if args.temperature is not None and (args.greedy or not 1e-3 <= args.temperature < math.inf):
-        parser.error("--temperature must be at least 0.001, and contradicts --greedy")
+        parser.error("--temperature must be at least 0.001, and cannot be combined with --greedy")
     try:
         policy, reference, tokenizer, more = load_checkpoint(args.run)
-        if args.export:
-            save_gpt2(policy, args.export, tokenizer.eos_token)
-            return
         temperature = 0 if args.greedy else args.temperature or more.get("config", {}).get("temperature", 1.0)
         generator = torch.Generator().manual_seed(args.seed)
         lines = filter(None, map(str.rstrip, sys.stdin))
         for prompt in lines if args.prompt is None else [args.prompt]:
-            tokens, block_size = tokenizer.encode(prompt), policy.config.block_size
+            tokens = tokenizer.encode(prompt)
+            block_size = policy.config.block_size
             room = args.max_new_tokens or max(1, block_size - len(tokens))
             check_fit([prompt], tokenizer, room, block_size)
-            rollout = sample(policy, [tokens] * n, room, tokenizer.eos_token, temperature, generator,
-                             args.top_k, args.top_p)
-            for row, completion in enumerate(rollout.completions(tokenizer)):
+            batch = sample(policy, [tokens] * n, room, tokenizer.eos_token, temperature, generator,
+                           args.top_k, args.top_p)
+            for row, completion in enumerate(completion_texts(batch, tokenizer)):
                 print(prompt + completion)
                 if args.logprobs:
-                    print_logprobs(rollout, row, reference, tokenizer, temperature)
+                    print_logprobs(batch.rows([row]), reference, tokenizer, temperature)
     except (BadInput, OSError, UnicodeDecodeError) as e:
         parser.error(str(e))
 

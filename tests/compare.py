@@ -56,7 +56,7 @@ def figures(result, metrics, goal):
             "to 90%": iterations_to(goal, metrics["reward"]), "KL of an update": mean("kl_update"),
             "rejected": 1 - fmean(accepted) if accepted else None,
             "halvings": fmean(halvings) if halvings else None,
-            "CG residual": mean("cg_residual"), "clip fraction": mean("clip_fraction")}
+            "CG residual": mean("cg_relative_residual"), "clip fraction": mean("clip_fraction")}
 
 
 def cell(values):

@@ -13,7 +13,6 @@ import torch
 import rollout
 import train
 from helpers import SMALL, TASK, TINY, Malice, contents, task_file
-from model import GPT, GPTConfig, save_gpt2
 
 # Task files, and what the error says of each.
 TASKS = {
@@ -65,23 +64,17 @@ def zoo(tmp_path_factory):
             "torn": b"{", "list": b"[]", "nested": b"[" * 200_000,
             "unknown": edited(no_such_option=1), "type": edited(lr="fast"), "nan": edited(lr=float("nan")),
             "choice": edited(tokenizer="words"), "range": edited(gamma=7.0),
-            "estimator": edited(advantage="mine")},
-        "result.json": {"torn": b"{", "noise": b"\xff\xfe\x00", "void": b"{}"},
-        "metrics.csv": {"empty": b"", "words": b"iteration,reward\n1,one\n",
-                        "torn": b"iteration,reward,kl\n1,2\n"}}
+            "estimator": edited(advantage="mine")}}
     for file, contents_by_name in damages.items():
         for name, content in contents_by_name.items():
             run = shutil.copytree(good, zoo / f"{file.split('.')[0]}-{name}")
             write(run / file, content)
 
-    save_gpt2(GPT(GPTConfig(300, 16, 1, 2, 8)), zoo / "gpt2-torn", 299)
-    write(zoo / "gpt2-torn" / "config.json", b"{")
     write(zoo / "cache-torn" / "pretrained" / cached.name, cached.read_bytes()[:1000])
     write(zoo / "cache-malice" / "pretrained" / cached.name, malice)
 
     for name, (source, _) in TASKS.items():
         task_file(zoo, source, f"{name}.py")
-    (zoo / "folder.md").mkdir()
     write(zoo / "file", b"years of work")
     write(zoo / "thesis" / "chapter1.txt", b"years of work")
     return zoo
@@ -95,31 +88,30 @@ COMMANDS = """
     --batch-size 18 => --group-size ; --advantage rloo --group-size 1 => --group-size ; --name a/b
     --name good => --resume good ; --max-new-tokens 64 => context ; --out file/below => file
     --task lacks.py => does not define heldout, reward
-    --init nowhere => nowhere ; --init gpt2-torn => gpt2-torn ; --init good --n-layer 2 => --n-layer
+    --init nowhere => nowhere ; --init good --n-layer 2 => --n-layer
     --resume nowhere => nowhere ; --resume good --task mine.py => --iterations ; --resume good => --task
     --resume checkpoint-torn --task mine.py --iterations 3 => checkpoint-torn
     --resume checkpoint-malice --task mine.py --iterations 3 => checkpoint-malice
     --resume config-torn => config-torn
     --eval good --task mine.py --lr 1 => --lr
-    --plot metrics-words => metrics-words ; --plot result-torn => result-torn
+    --plot good => compare.py ; --seeds 2 => compare.py ; --algo ppo,trpo => compare.py
+    --init gpt2 => gpt2.py import gpt2 ; rollout good --export thesis => gpt2.py export good thesis
     rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere ; rollout good --prompt 'the ' => space
     --resume checkpoint-spy --task mine.py --iterations 3 => checkpoint-spy
     rollout checkpoint-malice => checkpoint.pt ; rollout checkpoint-spy => checkpoint.pt
 """
 MORE_COMMANDS = """
-    --task ; --task '' => no task ; --algo trpo, => --algo ; --algo trpo,dqn => dqn
+    --task ; --task '' => unknown task ; --algo trpo, => --algo
     --out /proc/nowhere => /proc/nowhere ; --name file --overwrite => file
     --device cuda:77 => cuda:77 ; --device toaster => toaster ; --device meta => meta
     --block-size 12 => context ; --advantage grpo --group-size 1 => --group-size
-    --batch-size 1 --group-size 1 => --minibatches ; --seeds 2 --iterations 0
-    --algo ppo,trpo --lr -1 => --lr ; --seeds 2 --name folder --n-head 3 => --n-head
+    --batch-size 1 --group-size 1 => --minibatches
     --out cache-torn => .pt ; --out cache-malice => .pt
     --init thesis => thesis ; --init file => file ; --init checkpoint-malice => checkpoint-malice
     --resume ; --resume thesis => thesis ; --resume file => file ; --resume good --lr 0.1 => --lr
     --resume good --task hello --iterations 3 => hello ; --resume good --overwrite => --overwrite
     --resume good --task mine.py --iterations 0 => --iterations ; --resume good --eval good => --eval
     --resume good --task mine.py --save-every 0 => --save-every
-    --resume good --seeds 2 --task mine.py => --resume
     --resume checkpoint-short --task mine.py --iterations 3 => checkpoint-short
     --resume config-list => config-list ; --resume config-nested => config-nested
     --resume config-unknown => config-unknown
@@ -134,21 +126,15 @@ MORE_COMMANDS = """
     --eval checkpoint-malice --task mine.py => checkpoint-malice
     --eval checkpoint-misfit --task mine.py => checkpoint-misfit ; --eval good --task tie.py => twice
     --init checkpoint-spy => checkpoint-spy ; --eval good --task preferences => no reward model
-    --plot ; --plot good thesis => thesis ; --plot good --lr 1 => --lr ; --plot good --name a/b => --name
-    --plot good --name folder => folder.md ; --plot good --seeds 2 => --seeds
-    --plot config-list => config-list ; --plot result-noise => result-noise
-    --plot result-void => result-void ; --plot metrics-empty => metrics-empty
-    --plot metrics-torn => metrics-torn
     rollout => run ; rollout good --what => --what ; rollout good --prompt '' => empty
     rollout good stray => stray ; rollout good --prompt zqzqzqzqzqzqzqzqzqzqzqzqzqzqzqzq => context
     rollout good --greedy --temperature 1 => --greedy ; rollout good --logprobs 1 => 1
     rollout good --prompt the --max-new-tokens 99 => context ; rollout good < \udcff\udcfe => utf-8
-    rollout good --export => --export ; rollout good --export file => file ; rollout thesis => thesis
-    rollout file => file ; rollout gpt2-torn --prompt the => checkpoint.pt
+    rollout good --export => --export ; rollout thesis => thesis ; rollout file => file
 """
 # Options with values that are refused, those of train.py and those of rollout.py.
 VALUES = """
-    --seed 1.5 99999999999999999999 ; --pretrain-seed -1 ; --seeds 0 many ; --threads -1 9999
+    --seed 1.5 99999999999999999999 ; --pretrain-seed -1 ; --threads -1 9999
     --name .. pretrained ; --advantage magic ; --tokenizer words ; --vocab-size 256 ; --block-size 1
     --n-layer 0 ; --n-head 0 3 ; --n-embd 0 17 ; --pretrain-steps -1 ; --pretrain-batch 0
     --pretrain-lr nan -1 ; --iterations -1 1.5 ; --batch-size 0 99999999999999999999 ; --group-size 0 5
@@ -192,8 +178,6 @@ def complete(words):
     if {"--resume", "--eval"} & {*words}:
         return words
     words = ["--out", ".", *words]
-    if "--plot" in words:
-        return words
     words = ["--task", "mine.py", *words]
     return words if "--init" in words else [*TINY, *SMALL, *words]
 

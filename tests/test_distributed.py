@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from advantage import all_sum, masked_mean, processes, whiten
-from algos import (Batch, chosen, fisher_vector_product, fit_critic, flatten, log_probs, ppo, reinforce, trpo)
+from algos import (Batch, action_log_probs, fisher_vector_product, fit_critic, flatten, log_probs, ppo, reinforce, trpo)
 from helpers import ROOT, SMALL, TINY, rows, task_file
 from model import GPT, Critic, GPTConfig, Tokenizer
 from reward import Task, fit_reward
@@ -58,7 +58,7 @@ def my_batch(policy):
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator())
     noise = rand(B, T)
     obs, actions = tokens[:, :-1], tokens[:, 1:]
-    logp = chosen(log_probs(policy, obs, TEMPERATURE), actions).detach()
+    logp = action_log_probs(log_probs(policy, obs, TEMPERATURE), actions).detach()
     whole = Batch(obs, actions, mask, logp + 0.02 * noise.sin(), 2 * noise + 1, noise, noise.cos())
     rank, count = processes()
     mine = whole.rows(slice(rank * B // count, (rank + 1) * B // count))
@@ -114,10 +114,10 @@ def reward_model_result():
     model = Critic(SIZES, make_policy()).double()
     torch.nn.init.ones_(model.value_head.weight)
     before, (rank, count) = flatten(model.parameters()).detach(), processes()
-    obs = torch.randint(V, (12, T, 2), generator=generator())
-    ends = torch.arange(12)[:, None] % (T - 1)
-    obs[torch.arange(T) > ends + 1] = -100
-    batch = Batch(obs, None, torch.arange(T) == ends + 1).rows(slice(rank, None, count))
+    texts = torch.randint(V, (12, 2, T), generator=generator())
+    ends = torch.arange(12)[:, None, None] % (T - 1)
+    texts[(torch.arange(T) > ends + 1).expand_as(texts)] = -100
+    batch = Batch(texts[:, None], None, torch.ones(12, 1, dtype=torch.bool)).rows(slice(rank, None, count))
     config = SimpleNamespace(**CONFIG, micro_batch=micro_batch(), reward_steps=0)
     fit_reward(model, batch, batch, torch.optim.SGD(model.parameters(), 1.0), config, generator())
     return flatten(model.parameters()).detach() - before
@@ -221,7 +221,7 @@ def test_a_process_that_dies_ends_the_job_and_the_run_can_be_resumed(job):
 
     resumed = torchrun(ROOT / "train.py", "--resume", folder / "cut", "--task", task)
     assert resumed.returncode == 0, resumed.stderr
-    assert "2 processes" in resumed.stdout
+    assert "processes: 2" in resumed.stdout
     assert resumed.stdout.count("everything is in") == 1  # one process prints for all
     assert len(rows(folder / "whole")) == 4
     assert rows(folder / "cut") == rows(folder / "whole")

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from advantage import ADVANTAGES, gae, token_rewards, whiten
-from algos import Batch, chosen, flatten, ppo, reinforce, trpo
+from algos import Batch, action_log_probs, flatten, ppo, reinforce, trpo
 from model import GPT, Critic, GPTConfig
 
 V, EOS = 3, 2  # tokens 0 and 1, and the end of text
@@ -69,7 +69,7 @@ class Texts:
 
     def log_probabilities(self, policy):
         """log π(a_t|s_t) (N, T), zero after the end."""
-        return chosen(policy(self.tokens[:, :-1]).log_softmax(-1), self.tokens[:, 1:]) * self.mask
+        return action_log_probs(policy(self.tokens[:, :-1]).log_softmax(-1), self.tokens[:, 1:]) * self.mask
 
     def probabilities(self):
         """p(τ) (N,)."""
@@ -203,7 +203,7 @@ def kl_estimates(policy, reference, texts):
     """{name: (N, T)}, zero after the end."""
     logp = policy(texts.tokens[:, :-1]).log_softmax(-1)
     ref_logp = reference(texts.tokens[:, :-1]).log_softmax(-1).detach()
-    k1 = chosen(logp - ref_logp, texts.tokens[:, 1:])
+    k1 = action_log_probs(logp - ref_logp, texts.tokens[:, 1:])
     estimates = {"k1": k1, "k2": k1 ** 2 / 2, "k3": (-k1).exp() - 1 + k1,
                  "exact": (logp.exp() * (logp - ref_logp)).sum(-1)}
     return {name: estimate * texts.mask for name, estimate in estimates.items()}

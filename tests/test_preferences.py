@@ -13,7 +13,7 @@ import train
 from algos import flatten
 from helpers import SMALL, TASK, TINY, rows, task_file
 from model import GPT, BadInput, Critic, GPTConfig, Tokenizer, load_checkpoint
-from reward import (BadTask, Task, annotate, choose_comparisons, fit_reward, learn_reward, learned_reward,
+from reward import (Task, annotate, choose_comparisons, fit_reward, learn_reward, learned_reward,
                     load_task, to_batch, use_reward_model)
 from rollout import Text, complete
 
@@ -115,7 +115,7 @@ def test_the_best_pass_on_held_out_comparisons_counts(policy, tokenizer, contrar
 
 
 def test_a_learned_reward_does_not_depend_on_filler_or_batch_mates(model, tokenizer):
-    reward = learned_reward(model, tokenizer)
+    reward = learned_reward(model, tokenizer, config())
     texts = [" good", " bad bad film plot plot poor film", " fine film", ""]
     together = reward(["film"] * 4, texts)
     for text, number in zip(texts, together):
@@ -133,7 +133,7 @@ def test_the_fit_recovers_the_order_of_a_known_reward_on_held_out_prompts(policy
     printed = capsys.readouterr().out
     loss, accuracy = (float(printed.split(name)[1].split()[0].strip(",")) for name in ("loss", "accuracy"))
     assert loss < 0.25 and accuracy > 0.9
-    fresh, reward = comparisons(200, seed=1), learned_reward(model, tokenizer)
+    fresh, reward = comparisons(200, seed=1), learned_reward(model, tokenizer, config())
     prompts, better, worse = zip(*fresh)
     right = [a > b for a, b in zip(reward(prompts, better), reward(prompts, worse))]
     assert sum(right) > 0.9 * 200
@@ -146,7 +146,7 @@ def test_rewards_have_mean_0_and_spread_1_on_the_policys_own_completions(policy,
     assert not any(p.requires_grad for p in model.parameters())
     generator = torch.Generator().manual_seed(3)
     texts, _, _ = complete(policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator)
-    rewards = torch.tensor(learned_reward(model, tokenizer)(PROMPTS * 60, texts))
+    rewards = torch.tensor(learned_reward(model, tokenizer, config())(PROMPTS * 60, texts))
     assert rewards.mean().abs() < 0.1 and (rewards.std() - 1).abs() < 0.1
 
 
@@ -182,7 +182,7 @@ def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monk
 
 
 @pytest.mark.parametrize("returned, error, message", [
-    (1.5, BadTask, "returned 1.5"), (-1, BadTask, "returned -1"), ("first", BadTask, "must return a number"),
+    (1.5, BadInput, "returned 1.5"), (-1, BadInput, "returned -1"), ("first", BadInput, "must return a number"),
     (math.nan, FloatingPointError, "finite")])
 def test_what_is_no_probability_is_refused(returned, error, message):
     with pytest.raises(error, match=message):
@@ -199,7 +199,7 @@ LISTED = [("film", " good", " bad"), ("plot", " fine", " poor")]
     ([("film", " good", " bad")] * 9, "two different prompts")])
 def test_unusable_preferences_are_refused(tmp_path, preferences, message):
     file = task_file(tmp_path, TASK.split("def reward")[0] + f"preferences = {preferences!r}")
-    with pytest.raises(BadTask, match=message):
+    with pytest.raises(BadInput, match=message):
         load_task(str(file), 0)
 
 
@@ -255,13 +255,13 @@ def test_a_file_with_preferences_needs_no_reward(tmp_path):
     source = TASK.split("def reward")[0] + f"preferences = {LISTED!r}"
     task = load_task(str(task_file(tmp_path, source)), 0)
     assert task.preferences == LISTED and task.reward is None and task.metric is None
-    task = use_reward_model(task, object(), None)
+    task = use_reward_model(task, object(), None, None)
     assert task.metric is task.reward and task.true_reward is None
     task = load_task(str(task_file(tmp_path, TASK + f"preferences = {LISTED!r}")), 0)
-    learned = use_reward_model(task, object(), None)
+    learned = use_reward_model(task, object(), None, None)
     assert learned.true_reward is task.reward is learned.metric is not learned.reward
     with pytest.raises(BadInput, match="no reward model"):
-        use_reward_model(task, None, None)
+        use_reward_model(task, None, None, None)
 
 
 def test_the_built_in_annotator_prefers_kind_words_and_grammar():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import TASK, task_file
-from reward import (BAD, GOOD, HATED, LOVED, REVIEWS, TASKS, BadTask, Grammar, Text, accuracy, batched,
+from reward import (BAD, GOOD, HATED, LOVED, REVIEWS, TASKS, BadInput, Grammar, Text, accuracy, batched,
                     careless_sum, contains, distinct_n, length, load_task, opinion, repetition,
                     score, words)
 
@@ -171,7 +171,7 @@ def test_a_python_file_is_a_task_and_may_import_its_neighbours(load, tmp_path):
     (TASK + "corpus = 7", "corpus must be a list"), (TASK + "reward = 7", "must be functions"),
     (TASK + "metric = 'm'", "must be functions")])
 def test_a_file_that_defines_no_task_is_refused(load, source, says):
-    with pytest.raises(BadTask, match=says) as e:
+    with pytest.raises(BadInput, match=says) as e:
         load(source)
     assert "mine.py" in str(e.value) and "\n" not in str(e.value)
 
@@ -201,7 +201,7 @@ def test_a_batched_reward_gets_two_lists(kind):
 
     assert score(lengths, ("a", "b"), ("xyz", "")) == [3.0, 0.0]
     for values in [1.0], [1.0, 2.0, 3.0]:
-        with pytest.raises(BadTask, match=f"returned {len(values)} numbers for 2 completions"):
+        with pytest.raises(BadInput, match=f"returned {len(values)} numbers for 2 completions"):
             score(batched(lambda p, c: kind(values)), ["a", "b"], ["x", "y"])
 
 
@@ -209,7 +209,7 @@ def test_a_batched_reward_gets_two_lists(kind):
                                    math.nan, math.inf, -math.inf, 1e39])
 def test_a_score_that_is_not_a_finite_number_is_refused(value):
     infinite = isinstance(value, float)
-    error, says = (FloatingPointError, "a finite number") if infinite else (BadTask, "a number")
+    error, says = (FloatingPointError, "a finite number") if infinite else (BadInput, "a number")
     values = {"fine": 0.0, "wow\n": value}
     with pytest.raises(error, match=f"must return {says}") as e:
         score(lambda p, c: values[c], ["a", "b"], ["fine", "wow\n"])

@@ -5,7 +5,6 @@ import json
 import math
 import random
 import re
-import shutil
 import subprocess
 import sys
 
@@ -18,10 +17,10 @@ from tiktoken_ext import openai_public
 
 import model
 import rollout
+from algos import Batch
 from helpers import ROOT, Malice, contents
-from model import (GPT, BadInput, GPTConfig, Tokenizer, load_checkpoint, load_gpt2, load_weights, save_checkpoint,
-                   save_gpt2, transpose_linear, write_atomically)
-from rollout import Rollout, check_fit, draw, sample, truncate
+from model import GPT, BadInput, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint, write_atomically
+from rollout import check_fit, completion_texts, draw, sample, sample_one, top_k_top_p
 
 TEXTS = ["the acting was superb.", "the plot was dull, and the acting was superb."] * 50
 POEM = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
@@ -128,7 +127,7 @@ def test_draw_never_takes_a_token_of_probability_zero(uniform):
                                           (99, 1.0)])
 def test_truncate_equals_its_definition(top_k, top_p):
     logp = (2 * torch.randn(50, 9, generator=seeded(0))).log_softmax(-1)
-    for row, kept in zip(logp.tolist(), truncate(logp, top_k, top_p).tolist()):
+    for row, kept in zip(logp.tolist(), top_k_top_p(logp, top_k, top_p).tolist()):
         expected, held = [-math.inf] * 9, 0.0
         for rank, token in enumerate(sorted(range(9), key=lambda token: -row[token])):
             if held >= top_p or top_k and rank == top_k:
@@ -174,18 +173,20 @@ def test_each_row_of_a_batch_gets_what_it_would_get_alone(policy, temperature):
     hook.remove()
     uniforms = (1 - torch.rand(len(prompts), 13, generator=seeded(7))).tolist()
     alone = [complete_alone(policy, *pair, temperature) for pair in zip(prompts, uniforms)]
+    for prompt, u, tokens in zip(prompts, uniforms, alone):
+        assert prompt + sample_one(policy, prompt, torch.tensor(u), EOS, temperature) == tokens
 
-    T = r.tokens.shape[1]
+    T = r.obs.shape[1] + 1
     assert T == max(map(len, alone))
-    assert r.tokens.tolist() == [tokens + [EOS] * (T - len(tokens)) for tokens in alone]
+    assert torch.cat([r.obs, r.actions[:, -1:]], 1).tolist() == [tokens + [EOS] * (T - len(tokens)) for tokens in alone]
     # The mask has what was chosen, with the end of text, but neither the prompt nor the filler.
     assert r.mask.tolist() == [[len(prompt) <= t < len(tokens) for t in range(1, T)]
                                for prompt, tokens in zip(prompts, alone)]
     # The log-probabilities are constants: those of a full forward pass, in the precision of the policy.
-    logp = (policy(r.tokens[:, :-1]) / (temperature or 1)).log_softmax(-1)
+    logp = (policy(r.obs) / (temperature or 1)).log_softmax(-1)
     assert r.logprobs.isfinite().all()
     assert not r.logprobs.requires_grad and not r.logprobs.is_inference()  # which could not be trained on
-    chosen = logp.gather(-1, r.tokens[:, 1:, None]).squeeze(-1)
+    chosen = logp.gather(-1, r.actions[:, :, None]).squeeze(-1)
     torch.testing.assert_close(r.logprobs[r.mask], chosen[r.mask])
     assert len(batch_sizes) <= T + 2  # whether all rows have ended is asked at every fourth token
     if temperature:  # rows end at different times, and the finished ones are not computed any more
@@ -197,19 +198,19 @@ def test_each_row_of_a_batch_gets_what_it_would_get_alone(policy, temperature):
 @pytest.mark.parametrize("options", [dict(top_k=1), dict(top_k=2), dict(top_p=0.6)])
 def test_truncated_tokens_are_never_sampled(policy, options):
     r = sample(policy, PROMPTS * 20, 8, EOS, 1.0, seeded(1), **options)
-    logp = policy(r.tokens[:, :-1]).log_softmax(-1)[r.mask]
-    allowed = truncate(logp, **options) > -math.inf
-    assert allowed.gather(1, r.tokens[:, 1:][r.mask][:, None]).all()
-    chosen = logp.gather(1, r.tokens[:, 1:][r.mask][:, None]).squeeze(1)
+    logp = policy(r.obs).log_softmax(-1)[r.mask]
+    allowed = top_k_top_p(logp, **options) > -math.inf
+    assert allowed.gather(1, r.actions[r.mask][:, None]).all()
+    chosen = logp.gather(1, r.actions[r.mask][:, None]).squeeze(1)
     torch.testing.assert_close(r.logprobs[r.mask], chosen)  # not truncated
 
 
 def test_completions_are_the_text_between_the_prompt_and_the_end():
     tokenizer = Tokenizer.learn(TEXTS, 257)
     end = [tokenizer.eos_token]
-    tokens = torch.tensor([[*b"abcd"] + end, [*b"abc"] + 2 * end])
+    actions = torch.tensor([[*b"bcd"] + end, [*b"bc"] + 2 * end])
     mask = torch.tensor([[False, True, True, True], [False, False, True, False]])
-    assert Rollout(tokens, mask, None).completions(tokenizer) == ["cd", ""]
+    assert completion_texts(Batch(None, actions, mask), tokenizer) == ["cd", ""]
 
 
 def test_prompts_that_cannot_be_completed_are_refused(policy):
@@ -295,43 +296,13 @@ def test_damaged_and_hostile_checkpoints_are_refused_in_one_line(run):
     assert not executed.exists()
 
 
-# Weights to start from.
-
-def test_weights_come_from_a_run_or_a_gpt2_which_is_downloaded_once(run, monkeypatch, gpt2_vocabulary):
-    again, tokenizer = load_weights(str(run))
-    assert same_policy(again, tiny_gpt()) and tokenizer.name == "bpe"
-
-    policy, fetched = GPT(GPTConfig(50257, 16, 1, 2, 8)), []
-    save_gpt2(policy, run / "gpt2", 50256)
-    torch.save(transpose_linear(policy.state_dict()), run / "gpt2" / "pytorch_model.bin")
-
-    def download(url, path):
-        fetched.append(url)
-        shutil.copy(run / "gpt2" / url.rpartition("/")[2], path)
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(run / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for init in (str(run / "gpt2"), "gpt2", "gpt2"):
-        again, tokenizer = load_weights(init)
-        assert same_policy(again, policy) and tokenizer.name == "gpt2" and tokenizer.eos_token == 50256
-    assert fetched == [f"https://huggingface.co/openai-community/gpt2/resolve/main/{name}"
-                       for name in ("config.json", "pytorch_model.bin")]
-
-
-def test_weights_that_cannot_be_had_are_bad_input(tmp_path, monkeypatch):
+def test_a_vocabulary_that_cannot_be_downloaded_is_bad_input(monkeypatch):
     def no_network(*args):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setattr(model.tiktoken, "get_encoding", no_network)
-    save_gpt2(tiny_gpt(), tmp_path / "other", 261)
-    save_gpt2(GPT(GPTConfig(50257, 16, 1, 2, 8)), tmp_path / "whole", 50256)
-    for init, says in {"gpt2": f"into {tmp_path / 'hub' / 'gpt2'}", tmp_path / "other": "262 tokens",
-                       tmp_path / "whole": "TIKTOKEN_CACHE_DIR", tmp_path / "no": "no checkpoint at"}.items():
-        with pytest.raises(BadInput, match=re.escape(says)) as e:
-            load_weights(str(init))
-        assert "\n" not in str(e.value)
+    with pytest.raises(BadInput, match="TIKTOKEN_CACHE_DIR"):
+        Tokenizer.gpt2()
 
 
 # The command line.
@@ -350,7 +321,7 @@ def test_options_reach_the_sampler(run, capsys, options, room, temperature, seed
     prompt = tokenizer.encode("the")
     room = room or 24 - len(prompt)  # completions fill the context by default
     r = sample(policy, [prompt] * 2, room, tokenizer.eos_token, temperature, seeded(seed), **tail)
-    expected = "".join(f"the{completion}\n" for completion in r.completions(tokenizer))
+    expected = "".join(f"the{completion}\n" for completion in completion_texts(r, tokenizer))
     assert output(capsys, run, "--prompt", "the", "-n", 2, *options.split()) == expected
 
 
@@ -373,24 +344,14 @@ def test_logprobs_are_those_of_the_policy_and_the_reference(run, capsys):
     prompts = [tokenizer.encode("the")] * 2
     r = sample(policy, prompts, 6, tokenizer.eos_token, 0.8, seeded(5), top_k=9)
     expected = []
-    for tokens, mask in zip(r.tokens, r.mask):
+    for obs, actions, mask in zip(r.obs, r.actions, r.mask):
         steps = mask.nonzero().squeeze(1)
-        p, q = ((model(tokens[None, :-1]) / 0.8).softmax(-1)[0, steps, tokens[steps + 1]]
+        p, q = ((model(obs[None]) / 0.8).softmax(-1)[0, steps, actions[steps]]
                 for model in (policy, reference))
         expected.append(torch.stack([p, q], 1))
         assert f"log-probability {p.log().sum():.2f} under the policy, {q.log().sum():.2f} under the" in out
     printed = [[float(x) for x in line] for line in re.findall(r"^ +([\d.]+) +([\d.]+)  ['\"]", out, re.M)]
     torch.testing.assert_close(torch.tensor(printed), torch.cat(expected), rtol=0, atol=1e-4)
-
-
-def test_export_writes_a_gpt2_and_replaces_nothing(run, capsys):
-    assert output(capsys, run, "--export", run / "gpt2") == ""
-    assert same_policy(load_gpt2(run / "gpt2"), load_checkpoint(run)[0])
-    assert json.loads((run / "gpt2" / "config.json").read_text())["eos_token_id"] == 261
-    before = contents(run)
-    with pytest.raises(SystemExit):
-        rollout.main([str(run), "--export", str(run / "gpt2")])
-    assert contents(run) == before
 
 
 def test_a_reader_that_stops_ends_the_program_quietly(run):

@@ -19,7 +19,7 @@ from variance import noise
 
 def test_every_figure_of_the_table_is_the_one_worked_out_by_hand(tmp_path):
     always = lambda value: [value] * 15
-    trpo = dict(kl_update=always(0.004), cg_residual=always(0.5))
+    trpo = dict(kl_update=always(0.004), cg_relative_residual=always(0.5))
     rejecting = dict(accepted=[1] * 12 + [0] * 3, halvings=[2] * 12 + [0] * 3)
     runs = [
         make_run(tmp_path / "p-0", [0] * 5 + [1] * 10, 0.5, kl_update=always(0.01), clip_fraction=always(0)),

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 from advantage import all_sum, group_normalize
-from algos import chosen, log_probs, mean_gradient, minibatches
+from algos import action_log_probs, log_probs, mean_gradient, minibatches
 
 
 def grpo(policy, batch, optimizer, config, generator=None):
@@ -24,7 +24,7 @@ def grpo(policy, batch, optimizer, config, generator=None):
         mean_length = all_sum(lengths.sum()) / all_sum(torch.ones_like(lengths).sum())
 
         def loss(part):
-            logp = chosen(log_probs(policy, part.obs, config.temperature), part.actions)  # (b, T)
+            logp = action_log_probs(log_probs(policy, part.obs, config.temperature), part.actions)  # (b, T)
             ratio, log_ratio = (logp - part.logprobs).exp(), part.ref_logprobs - logp
             clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
             k3 = log_ratio.exp() - 1 - log_ratio

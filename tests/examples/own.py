@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 from advantage import ADVANTAGES, batch_mean
-from algos import chosen, log_probs, mean_gradient, minibatches
+from algos import action_log_probs, log_probs, mean_gradient, minibatches
 
 
 @dataclass
@@ -28,7 +28,7 @@ def less_the_mean(rewards, scores, values, mask, config):
 def awr(policy, batch, optimizer, config, generator=None):
     """Advantage-weighted regression: imitate each action with the weight exp(A). Peng et al. 2019."""
     def loss(part):
-        logp = chosen(log_probs(policy, part.obs, config.temperature), part.actions)  # (b, T)
+        logp = action_log_probs(log_probs(policy, part.obs, config.temperature), part.actions)  # (b, T)
         return {"loss": -part.advantages.exp().clamp(max=config.max_weight) * logp}
 
     for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
@@ -38,7 +38,7 @@ def awr(policy, batch, optimizer, config, generator=None):
 
 
 ADVANTAGES["mean"] = less_the_mean
-train.WITHOUT_CRITIC += ("mean",)  # it ignores the values
+train.CRITIC_FREE += ("mean",)  # it ignores the values
 train.ALGOS["awr"] = awr
 train.Config = Config
 

@@ -17,4 +17,4 @@ def reward(prompt, completion):
 
 
 def metric(prompt, completion):  # how likely the pretrained model finds it: what is left of the language
-    return completion.fluency
+    return completion.mean_ref_logprob

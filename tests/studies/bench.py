@@ -27,12 +27,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import algos
 import rollout
 import train
-from algos import Batch, chosen, fisher_vector_product, flatten, log_probs
+from algos import Batch, action_log_probs, fisher_vector_product, flatten, log_probs
 from model import GPT, Critic, GPTConfig, transpose_linear
 from reward import TASKS, Task
 from model import Tokenizer
@@ -80,7 +80,7 @@ def make(size):
     tokens = torch.randint(V, (B, T + 1), generator=generator)
     obs, actions, mask = tokens[:, :-1], tokens[:, 1:], torch.ones(B, T, dtype=torch.bool)
     with torch.no_grad():
-        logprobs = chosen(log_probs(policy, obs, 1.0), actions)
+        logprobs = action_log_probs(log_probs(policy, obs, 1.0), actions)
     advantages = torch.randn(B, T, generator=generator)
     return policy, Batch(obs, actions, mask, logprobs, advantages, advantages, 0 * advantages)
 
@@ -205,7 +205,7 @@ def iteration(rounds=25, options=()):
                              "--group-size", "4", "--pretrain-steps", "300", *options])
     task = TASKS["addition"](0)
     with tempfile.TemporaryDirectory() as config.out, contextlib.redirect_stdout(io.StringIO()):
-        policy, tokenizer, _ = train.pretrained(config, task, torch.device("cpu"))
+        policy, tokenizer, _ = train.load_or_pretrain(config, task, torch.device("cpu"))
     reference, batches, parts = copy.deepcopy(policy), [], []
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     generators = train.random_generators(0, 0, "cpu")

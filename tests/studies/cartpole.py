@@ -5,6 +5,7 @@ has fallen. Dynamics: Barto, Sutton & Anderson 1983, with the constants of gymna
 """
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -14,10 +15,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from advantage import gae, whiten
-from algos import Batch, chosen, fit_critic, log_probs
+from algos import Batch, action_log_probs, fit_critic, log_probs, mean_kl
 from train import ALGOS
 
 LIMIT = 500  # the time limit of an episode, steps
@@ -96,7 +97,7 @@ def collect(policy, critic, config, generator):
     obs, actions, mask, cut = play(policy, config.episodes, generator)
     with torch.no_grad():
         values = critic(obs)  # (B, T+1)
-        logp = chosen(log_probs(policy, obs[:, :-1], config.temperature), actions)
+        logp = action_log_probs(log_probs(policy, obs[:, :-1], config.temperature), actions)
     bootstrap = values[:, -1] * cut  # a fallen pole earns nothing more; a cut episode would have gone on
     advantages, returns = gae(mask.float(), values[:, :-1], mask, config.gamma, config.lam, bootstrap)
     return Batch(obs[:, :-1], actions, mask, logp, whiten(advantages, mask), returns, values[:, :-1])
@@ -115,13 +116,15 @@ def learn(algo, seed, show=lambda line: None):
     steps, start = 0, time.perf_counter()
     for iteration in range(1, config.iterations + 1):
         batch = collect(policy, critic, config, generator)
-        stats = ALGOS[algo](policy, batch, optimizer, config, generator)
+        old = copy.deepcopy(policy)
+        ALGOS[algo](policy, batch, optimizer, config, generator)
+        kl = mean_kl(old, policy, batch, config)
         fit_critic(critic, batch, critic_optimizer, config, generator)
         steps += int(batch.mask.sum())
         sampled = batch.mask.sum(1).float().mean()
         greedy = mean_episode_length(policy, 10 ** 6 + seed)
         show(f"{iteration:3d}  {steps:7,d} steps  mean episode length: sampled {sampled:5.1f}, "
-             f"greedy {greedy:5.1f}  kl {stats['kl_update']:.4f}  {time.perf_counter() - start:.0f} s")
+             f"greedy {greedy:5.1f}  kl {kl:.4f}  {time.perf_counter() - start:.0f} s")
         if greedy >= SOLVED:
             greedy = mean_episode_length(policy, 2 * 10 ** 6 + seed)
             if greedy >= SOLVED:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 from reward import load_task, score, use_reward_model
@@ -100,7 +100,7 @@ def best_of(run, seed, counts=N, task="preferences"):
     _, reference, tokenizer, more = load_checkpoint(run)
     config = train.Config(**more["config"])
     task = load_task(task, config.pretrain_seed)
-    task = use_reward_model(task, more["reward_model"], tokenizer)
+    task = use_reward_model(task, more["reward_model"], tokenizer, config)
     generator, most = torch.Generator().manual_seed(seed), max(counts)
     prompts = [prompt for prompt in task.heldout for _ in range(most)]
     texts, _, _ = complete(reference, reference, prompts, tokenizer, config, 1.0, generator)
