@@ -30,12 +30,41 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from advantage import (ADVANTAGES, CRITIC_FREE, GROUP_BASED, batch_mean, discounted_returns, masked_mean,
-                       mean_and_variance, processes, token_rewards, whiten)
-from algos import (Batch, action_log_probs, check_finite, fit_critic, log_probs, map_micro_batches,
-                   mean_gradient, mean_kl, ppo, reinforce, trpo)
-from model import (GPT, BadInput, Critic, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint,
-                   write_atomically)
+from advantage import (
+    ADVANTAGES,
+    CRITIC_FREE,
+    GROUP_BASED,
+    batch_mean,
+    discounted_returns,
+    masked_mean,
+    mean_and_variance,
+    processes,
+    token_rewards,
+    whiten,
+)
+from algos import (
+    Batch,
+    action_log_probs,
+    check_finite,
+    fit_critic,
+    log_probs,
+    map_micro_batches,
+    mean_gradient,
+    mean_kl,
+    ppo,
+    reinforce,
+    trpo,
+)
+from model import (
+    GPT,
+    BadInput,
+    Critic,
+    GPTConfig,
+    Tokenizer,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from reward import TASKS, Task, distinct_n, learn_reward, load_task, score, use_reward_model
 from rollout import check_fit, complete, run_episodes
 

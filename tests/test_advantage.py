@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from advantage import (ADVANTAGES, discounted_returns, gae, group_normalize, leave_one_out, masked_mean,
-                       token_rewards, whiten)
+from advantage import (
+    ADVANTAGES,
+    discounted_returns,
+    gae,
+    group_normalize,
+    leave_one_out,
+    masked_mean,
+    token_rewards,
+    whiten,
+)
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1],  # actions alone
                      [0, 0, 1, 1, 1, 1],  # after a prompt

@@ -6,9 +6,26 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from algos import (Batch, check_finite, action_log_probs, conjugate_gradient, entropy, fisher_vector_product,
-                   fit_critic, flatten, kl_divergence, line_search, log_probs, mean_gradient,
-                   mean_kl, micro_batches, minibatches, ppo, reinforce, trpo)
+from algos import (
+    Batch,
+    action_log_probs,
+    check_finite,
+    conjugate_gradient,
+    entropy,
+    fisher_vector_product,
+    fit_critic,
+    flatten,
+    kl_divergence,
+    line_search,
+    log_probs,
+    mean_gradient,
+    mean_kl,
+    micro_batches,
+    minibatches,
+    ppo,
+    reinforce,
+    trpo,
+)
 from model import GPT, Critic, GPTConfig
 
 V, B, T = 4, 6, 5

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from cartpole import ALGOS, LIMIT, SOLVED, learn, play, step
 
 QUICKEST = ("reinforce", 1)  # to be solved

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from helpers import SMALL, TINY, contents, rows, task_file
 
 import train
-from helpers import SMALL, TINY, contents, rows, task_file
 
 ALGOS, RUNS = ("reinforce", "trpo"), ["mine-reinforce-4", "mine-trpo-4", "mine-reinforce-5", "mine-trpo-5"]
 

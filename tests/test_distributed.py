@@ -16,10 +16,21 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from helpers import ROOT, SMALL, TINY, rows, task_file
+
 import train
 from advantage import all_sum, masked_mean, processes, whiten
-from algos import (Batch, action_log_probs, fisher_vector_product, fit_critic, flatten, log_probs, ppo, reinforce, trpo)
-from helpers import ROOT, SMALL, TINY, rows, task_file
+from algos import (
+    Batch,
+    action_log_probs,
+    fisher_vector_product,
+    fit_critic,
+    flatten,
+    log_probs,
+    ppo,
+    reinforce,
+    trpo,
+)
 from model import GPT, Critic, GPTConfig, Tokenizer
 from reward import Task, fit_reward
 

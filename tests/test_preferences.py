@@ -5,16 +5,25 @@ import math
 import random
 from types import SimpleNamespace
 
+import overoptimization as study
 import pytest
 import torch
+from helpers import SMALL, TASK, TINY, rows, task_file
 
-import overoptimization as study
 import train
 from algos import flatten
-from helpers import SMALL, TASK, TINY, rows, task_file
 from model import GPT, BadInput, Critic, GPTConfig, Tokenizer, load_checkpoint
-from reward import (Task, annotate, choose_comparisons, fit_reward, learn_reward, learned_reward,
-                    load_task, to_batch, use_reward_model)
+from reward import (
+    Task,
+    annotate,
+    choose_comparisons,
+    fit_reward,
+    learn_reward,
+    learned_reward,
+    load_task,
+    to_batch,
+    use_reward_model,
+)
 from rollout import Text, complete
 
 WORDS = ["good", "fine", "bad", "poor", "film", "plot"]

@@ -9,12 +9,30 @@ import traceback
 import numpy as np
 import pytest
 import torch
-
 from helpers import TASK, task_file
-from reward import (BAD, GOOD, HATED, LOVED, REVIEWS, TASKS, BadInput, Grammar, Text, accuracy, batched,
-                    careless_sum, contains, distinct_n, length, load_task, opinion, repetition,
-                    score, words)
 
+from reward import (
+    BAD,
+    GOOD,
+    HATED,
+    LOVED,
+    REVIEWS,
+    TASKS,
+    BadInput,
+    Grammar,
+    Text,
+    accuracy,
+    batched,
+    careless_sum,
+    contains,
+    distinct_n,
+    length,
+    load_task,
+    opinion,
+    repetition,
+    score,
+    words,
+)
 
 # Pieces.
 

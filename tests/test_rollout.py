@@ -13,12 +13,12 @@ import regex
 import tiktoken
 import tiktoken._educational
 import torch
+from helpers import ROOT, Malice, contents
 from tiktoken_ext import openai_public
 
 import model
 import rollout
 from algos import Batch
-from helpers import ROOT, Malice, contents
 from model import GPT, BadInput, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint, write_atomically
 from rollout import check_fit, completion_texts, draw, sample, sample_one, top_k_top_p
 

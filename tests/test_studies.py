@@ -3,17 +3,16 @@
 import itertools
 import math
 
-import pytest
-import torch
-
 import bench
 import compare
-import train
+import pytest
+import torch
 from helpers import TINY
-from reward import Task, Text, accuracy
 from test_compare import cells, make_run
 from variance import noise
 
+import train
+from reward import Task, Text, accuracy
 
 # compare.py
 

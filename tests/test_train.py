@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT, SMALL, TASK, TINY, contents, rows, task_file
 
 import reward
 import train
 from advantage import ADVANTAGES
 from algos import action_log_probs, fit_critic, mean_gradient
-from helpers import ROOT, SMALL, TASK, TINY, contents, rows, task_file
 from model import GPT, BadInput, Critic, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint
 from rollout import completion_texts, sample
 

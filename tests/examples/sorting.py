@@ -1,6 +1,8 @@
 """Sort five digits, after a corpus whose author often swaps two neighbours. A prompt carries its answer."""
 import random
+
 from reward import Text
+
 
 def careless(digits, rng):
     digits, i = sorted(digits), rng.randrange(4)

@@ -1,4 +1,4 @@
-"""Time and memory, as ratios measured in one run: `python tests/bench.py [PART …] [--json FILE]`.
+"""Time and memory, as ratios measured in one run: `python tests/studies/bench.py [PART …] [--json FILE]`.
 
 Parts: fisher, updates, iteration and sampling run by default, in about five minutes. By name only: seconds, a
 default run by its phases and operators; growth, an iteration at growing sizes; memory, an iteration with
@@ -10,6 +10,7 @@ the turns. Run nothing else beside it. OMP_NUM_THREADS sets the number of thread
 import argparse
 import contextlib
 import copy
+import csv
 import io
 import json
 import multiprocessing
@@ -27,15 +28,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "examples")]
+
+from gpt2 import transpose_linear
 
 import algos
 import rollout
 import train
 from algos import Batch, action_log_probs, fisher_vector_product, flatten, log_probs
-from model import GPT, Critic, GPTConfig, transpose_linear
+from model import GPT, Critic, GPTConfig, Tokenizer
 from reward import TASKS, Task
-from model import Tokenizer
 from rollout import sample
 
 SIZE = "batch, tokens, layers, heads, width, vocabulary"
@@ -351,8 +354,8 @@ def seconds_of_iterations(kind, algo, out):
                f"--name timed --overwrite --out {out}")
     subprocess.run([sys.executable, *torchrun * (count > 1), train.__file__, *options.split()], check=True,
                    stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    _, _, metrics = train.read_run(Path(out) / "timed")
-    return metrics["seconds"][1:]
+    with open(Path(out) / "timed" / "metrics.csv", encoding="utf-8") as file:
+        return [float(row["seconds"]) for row in csv.DictReader(file)][1:]
 
 
 def processes(rounds=2):

@@ -1,4 +1,4 @@
-"""What happens when a learned reward is trusted too much: `python tests/overoptimization.py`.
+"""What happens when a learned reward is trusted too much: `python tests/studies/overoptimization.py`.
 
 Trains the built-in task preferences in runs/overoptimization (--out), with --seeds 0 to 4: three algorithms
 at five KL coefficients on 1,000 comparisons, and ppo without a KL penalty on 250 to 16,000. Finished runs are
@@ -20,9 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
+from model import load_checkpoint
 from reward import load_task, score, use_reward_model
 from rollout import complete
-from model import load_checkpoint
 
 ALGOS = {"reinforce": 80, "trpo": 40, "ppo": 40}  # iterations
 COEFFICIENTS = (0, 0.01, 0.03, 0.1, 0.3)

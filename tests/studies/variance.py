@@ -1,4 +1,4 @@
-"""How noisy is the gradient under each advantage estimator? `python tests/variance.py RUN`, a run under gae.
+"""How noisy is the gradient under each advantage estimator? `python tests/studies/variance.py RUN`, a run under gae.
 
 The run's policy and critic stand still, and every estimator gets the same batches of episodes. Noise is the
 trace of the covariance of the batches' gradients over the square of their mean; a batch of N times as many
@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 from algos import flatten, reinforce
-from model import BadInput, Critic
+from model import BadInput, Critic, load_checkpoint
 from reward import TASKS, load_task
-from model import load_checkpoint
 
 ESTIMATORS = {f"gae, λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)} | {
     "returns": dict(advantage="returns"),
