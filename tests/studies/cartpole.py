@@ -1,4 +1,4 @@
-"""CartPole-v1 by the algorithms that train the language models: `python tests/studies/cartpole.py --algo trpo`.
+"""CartPole-v1 with the algorithms that train the language models: `cartpole.py --algo trpo`.
 
 Episodes are the rows of a batch, as completions are: obs (B, T, 4), and a mask that is True until the pole
 has fallen. Dynamics: Barto, Sutton & Anderson 1983, with the constants of gymnasium's CartPole-v1.

@@ -1,4 +1,6 @@
-"""How noisy is the gradient under each advantage estimator? `python tests/studies/variance.py RUN`, a run under gae.
+"""How noisy is the gradient under each advantage estimator? `python tests/studies/variance.py RUN`.
+
+RUN: a run with a critic (--advantage gae).
 
 The run's policy and critic stand still, and every estimator gets the same batches of episodes. Noise is the
 trace of the covariance of the batches' gradients over the square of their mean; a batch of N times as many
