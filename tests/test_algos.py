@@ -387,7 +387,8 @@ def test_ppo_ends_once_the_kl_exceeds_its_target(policy):
     batch = make_batch(policy)
     first = copy.deepcopy(policy)
     run(ppo, first, batch, sgd(first))  # one step on all episodes
-    log_ratio = (action_log_probs(log_probs(first, batch.obs, 1.0), batch.actions) - batch.logprobs)[batch.mask]
+    logprobs = action_log_probs(log_probs(first, batch.obs, 1.0), batch.actions)
+    log_ratio = (logprobs - batch.logprobs)[batch.mask]
     kl = (log_ratio.exp() - 1 - log_ratio).mean().item()
     assert kl > 0.01
     assert move(ppo, policy, batch, epochs=2, target_kl=kl * (1 + 1e-6))[1]["steps"] == 2
@@ -639,7 +640,8 @@ def test_a_rejected_trpo_step_leaves_every_bit(policy, monkeypatch):
     stats = run(trpo, policy, batch)
     assert torch.equal(weights(policy), before)
     assert stats["grad_norm"] > 0 and stats["cg_relative_residual"] > 0
-    assert all(stats[name] == 0 for name in ("accepted", "halvings", "kl_update", "surrogate_gain", "step_norm"))
+    names = ("accepted", "halvings", "kl_update", "surrogate_gain", "step_norm")
+    assert all(stats[name] == 0 for name in names)
 
 
 def test_trpo_without_a_gradient_does_not_move(policy):

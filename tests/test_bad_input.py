@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from helpers import SMALL, TASK, TINY, Malice, contents, task_file
 
 import rollout
 import train
+from helpers import SMALL, TASK, TINY, Malice, contents, task_file
 
 # Task files, and what the error says of each.
 TASKS = {

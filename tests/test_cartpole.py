@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from cartpole import ALGOS, LIMIT, SOLVED, learn, play, step
 
 QUICKEST = ("reinforce", 1)  # to be solved
@@ -15,7 +16,7 @@ def test_the_dynamics_are_those_of_gymnasium():
         state = torch.rand(1, 4, generator=generator, dtype=torch.float64) * 0.1 - 0.05
         env.state = state[0].numpy().copy()
         push_right = (0.5, 0.95, 0.05, 0.48)[start % 4]  # at random it falls, mostly to one side it leaves
-        for t in range(LIMIT):
+        for _ in range(LIMIT):
             action = torch.rand(1, generator=generator) < push_right
             state, fallen = step(state, action.long())
             _, reward, terminated, _, _ = env.step(int(action))

@@ -258,7 +258,8 @@ def test_every_number_of_the_tables_is_the_one_worked_out_by_hand(tmp_path):
     assert first["KL of an update"] == "-0.016 ± 0.13"
     with open(tmp_path / "compare.csv", encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["column"] == "reward"]
-    assert [(float(line["mean"]), int(line["n"])) for line in lines] == [(0.6, 2), (0.9, 2), (0.5, 1), (0.3, 2)]
+    expected = [(0.6, 2), (0.9, 2), (0.5, 1), (0.3, 2)]
+    assert [(float(line["mean"]), int(line["n"])) for line in lines] == expected
     assert float(lines[0]["half_width"]) == pytest.approx(12.706 * 0.2 / 2, rel=1e-5)
 
 

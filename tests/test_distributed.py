@@ -16,8 +16,6 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from helpers import ROOT, SMALL, TINY, rows, task_file
-
 import train
 from advantage import all_sum, masked_mean, processes, whiten
 from algos import (
@@ -31,6 +29,7 @@ from algos import (
     reinforce,
     trpo,
 )
+from helpers import ROOT, SMALL, TINY, rows, task_file
 from model import GPT, Critic, GPTConfig, Tokenizer
 from reward import Task, fit_reward
 

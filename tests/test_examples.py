@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, TINY, rows, task_file
 
 import train
 from algos import Batch, action_log_probs
+from helpers import ROOT, SMALL, TINY, rows, task_file
 from reward import Text, load_task
 
 EXAMPLES = ROOT / "tests" / "examples"

@@ -5,13 +5,13 @@ import math
 import random
 from types import SimpleNamespace
 
-import overoptimization as study
 import pytest
 import torch
-from helpers import SMALL, TASK, TINY, rows, task_file
 
+import overoptimization as study
 import train
 from algos import flatten
+from helpers import SMALL, TASK, TINY, rows, task_file
 from model import GPT, BadInput, Critic, GPTConfig, Tokenizer, load_checkpoint
 from reward import (
     Task,
@@ -191,7 +191,8 @@ def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monk
 
 
 @pytest.mark.parametrize("returned, error, message", [
-    (1.5, BadInput, "returned 1.5"), (-1, BadInput, "returned -1"), ("first", BadInput, "must return a number"),
+    (1.5, BadInput, "returned 1.5"), (-1, BadInput, "returned -1"),
+    ("first", BadInput, "must return a number"),
     (math.nan, FloatingPointError, "finite")])
 def test_what_is_no_probability_is_refused(returned, error, message):
     with pytest.raises(error, match=message):

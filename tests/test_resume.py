@@ -15,9 +15,9 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, SMALL, TINY, rows, task_file
 
 import train
+from helpers import ROOT, SMALL, TINY, rows, task_file
 from model import load_checkpoint
 
 # Of twelve iterations; a checkpoint follows every third, an evaluation every fourth.

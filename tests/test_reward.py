@@ -9,8 +9,8 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from helpers import TASK, task_file
 
+from helpers import TASK, task_file
 from reward import (
     BAD,
     GOOD,

@@ -13,12 +13,12 @@ import regex
 import tiktoken
 import tiktoken._educational
 import torch
-from helpers import ROOT, Malice, contents
 from tiktoken_ext import openai_public
 
 import model
 import rollout
 from algos import Batch
+from helpers import ROOT, Malice, contents
 from model import GPT, BadInput, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint, write_atomically
 from rollout import check_fit, completion_texts, draw, sample, sample_one, top_k_top_p
 
@@ -178,7 +178,8 @@ def test_each_row_of_a_batch_gets_what_it_would_get_alone(policy, temperature):
 
     T = r.obs.shape[1] + 1
     assert T == max(map(len, alone))
-    assert torch.cat([r.obs, r.actions[:, -1:]], 1).tolist() == [tokens + [EOS] * (T - len(tokens)) for tokens in alone]
+    padded = [tokens + [EOS] * (T - len(tokens)) for tokens in alone]
+    assert torch.cat([r.obs, r.actions[:, -1:]], 1).tolist() == padded
     # The mask has what was chosen, with the end of text, but neither the prompt nor the filler.
     assert r.mask.tolist() == [[len(prompt) <= t < len(tokens) for t in range(1, T)]
                                for prompt, tokens in zip(prompts, alone)]

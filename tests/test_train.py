@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, TASK, TINY, contents, rows, task_file
 
 import reward
 import train
 from advantage import ADVANTAGES
 from algos import action_log_probs, fit_critic, mean_gradient
+from helpers import ROOT, SMALL, TASK, TINY, contents, rows, task_file
 from model import GPT, BadInput, Critic, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint
 from rollout import completion_texts, sample
 
@@ -68,8 +68,8 @@ def test_a_run_writes_its_config_metrics_checkpoint_and_result(out, algo, capsys
     run = out / algo
     config, result = read(run / "config.json"), read(run / "result.json")
     assert (config["algo"], config["n_embd"], config["task"]) == (algo, 16, str(out / "mine.py"))
-    assert {*result} == {"metric", "before", "after", "seconds", "pretraining", "processes", "threads", "device",
-                         "torch", "python", "command", "commit", "task_sha256", "script_sha256"}
+    assert {*result} == {"metric", "before", "after", "seconds", "pretraining", "processes", "threads",
+                         "device", "torch", "python", "command", "commit", "task_sha256", "script_sha256"}
     assert result["task_sha256"] == hashlib.sha256((out / "mine.py").read_bytes()).hexdigest()
     assert "NaN" not in (run / "result.json").read_text()  # strict JSON
     assert (result["metric"], result["processes"], result["threads"]) == ("reward", 1, 1)
@@ -201,7 +201,8 @@ def test_the_unit_of_the_reward_changes_nothing(out, algo):
     for one, other in zip(*tables):
         assert float(other.pop("reward")) == pytest.approx(100 * float(one.pop("reward")), rel=1e-3)
         for name, value in one.items():
-            rounding = 1e-2 if name == "cg_relative_residual" else 1e-4  # what is left after ten products is rounding
+            # what conjugate gradient leaves after ten products is rounding
+            rounding = 1e-2 if name == "cg_relative_residual" else 1e-4
             assert float(other[name]) == pytest.approx(float(value), rel=1e-3, abs=rounding), name
 
 

@@ -121,8 +121,8 @@ def product(policy, batch):
 
 def peak(size, make_product):
     """MiB by which one product, with its graph, raises the high water of a forward pass."""
-    for size in [(1, 2, *size[2:]), size]:  # first a small one: what torch loads at first use does not count
-        policy, batch = make(size)
+    for shape in [(1, 2, *size[2:]), size]:  # first a small one: what torch loads at first use does not count
+        policy, batch = make(shape)
         forward(policy, batch.obs)
         before = high_water()
         make_product(policy, batch)(flatten(policy.parameters()).detach())

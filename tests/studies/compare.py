@@ -278,8 +278,8 @@ def compare(runs, path):
                  "Mean ± half of the 95% interval (Student's t) over seeds of RL from the same pretrained "
                  "weights. Reward to length: of completions of held-out prompts after RL. Episodes to 90%: "
                  "until the mean reward of five iterations is 90% of the way from the first to the best of "
-                 "all rows. KL of an update to clip fraction: means over iterations. KL and entropy: nats per "
-                 "token.\n"]
+                 "all rows. KL of an update to clip fraction: means over iterations. KL and entropy: nats "
+                 "per token.\n"]
         sheet.writerows(csv_lines(name, rows))
         paired = differences(groups)
         if paired:

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import compare
 import train
 from model import load_checkpoint
 from reward import load_task, score, use_reward_model
@@ -66,8 +67,8 @@ def train_missing(seeds, out):
 
 def path_of(run):
     """(d, learned, true) of each iteration: d = √KL(π‖π_ref) of a whole text, √nats; rewards are means."""
-    _, _, metrics = train.read_run(run)
-    return train.text_distance(metrics), metrics["reward"], metrics["true_reward"]
+    columns = compare.read_run(run).columns
+    return compare.text_distance(columns), columns["reward"], columns["true_reward"]
 
 
 def smooth(values, width=3):
@@ -111,7 +112,7 @@ def best_of(run, seed, counts=N, task="preferences"):
 
 
 def cell(values):
-    mean, half = train.interval(list(values))
+    mean, half = compare.interval(list(values))
     if math.isnan(mean):  # not all seeds have it
         return "–"
     return f"{mean:.2f}" + f" ± {half:.2f}" * (len(values) > 1)
