@@ -8,8 +8,8 @@ Three sizes of batches: a *batch* is all episodes of an iteration; a *minibatch*
 optimizer step uses (ppo, critic); a *micro-batch* is what is in memory at once. The gradients of
 micro-batches are added up, so their size changes no result.
 
-What is left out, because it improved neither reward nor grammar when it was measured: value clipping, an
-entropy bonus, learning-rate decay, and an adaptive KL coefficient.
+This file leaves out value clipping, an entropy bonus, learning-rate decay and an adaptive KL coefficient,
+because none of them improved reward or grammar when they were measured.
 """
 
 import copy
@@ -108,7 +108,7 @@ def mean_gradient(model, loss, batch, config, max_grad_norm):
     sum_gradients_over_processes(params)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
     means = {name: all_sum(mean).item() for name, mean in means.items()}
-    check_finite(loss=means["loss"], norm_of_the_gradient=grad_norm)
+    check_finite({"loss": means["loss"], "norm of the gradient": grad_norm})
     return means | {"grad_norm": grad_norm}
 
 
@@ -140,11 +140,11 @@ def minibatches(batch, epochs, count, generator):
         yield from map(batch.rows, order.tensor_split(count))
 
 
-def check_finite(**quantities):
-    """Raises FloatingPointError that names the first quantity which is not finite."""
+def check_finite(quantities):
+    """Raises FloatingPointError that names the first number in {name: number} which is not finite."""
     for name, value in quantities.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"the {name.replace('_', ' ')} is {value}: lower --lr, --critic-lr or "
+            raise FloatingPointError(f"the {name} is {value}: lower --lr, --critic-lr or "
                                      "--delta, or fix your custom loss or reward")
 
 

@@ -4,7 +4,7 @@ Small pieces come first: attention, the MLP, the block, the trunk. Then follow t
 Critic, the tokenizer that turns text into tokens, and the checkpoint that holds all of them. This file
 imports nothing else of this project, so it can be copied on its own.
 
-What is left out: dropout (the corpora are small, but pretraining is short and AdamW's weight decay is
+This file leaves out dropout (the corpora are small, but pretraining is short and AdamW's weight decay is
 enough), mixed precision (nothing here is large), and the files of other programs (tests/examples/gpt2.py
 converts GPT-2's). Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -30,7 +30,7 @@ class BadInput(ValueError):
 @dataclass(frozen=True)
 class GPTConfig:
     vocab_size: int  # number of tokens, end-of-text included
-    block_size: int = 64  # the context: the most tokens (prompt and completion) in one sequence
+    block_size: int = 64  # the context: maximum number of tokens (prompt and completion) in a sequence
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 128  # width, a multiple of n_head

@@ -5,7 +5,7 @@ this file. A custom task is a Python file that defines the same fields: prompts,
 preferences and, optionally, corpus and metric. The building blocks for rewards come first, then what turns a
 task into numbers, then the reward model.
 
-What is left out: rewards that call a server, because a reward is any Python function, and process rewards.
+This file leaves out rewards from a server, because a reward is any Python function, and process rewards.
 """
 
 import copy
@@ -288,7 +288,7 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
         if found["loss"] < best["loss"]:
             best = found
             weights = copy.deepcopy(model.state_dict())
-    check_finite(**best)
+    check_finite(best)
     model.load_state_dict(weights)
     return best
 
@@ -451,7 +451,8 @@ def opinion(prompt, completion):
 
 def reviews(seed):
     """Short film reviews. Grammar is the metric and not rewarded: it shows what RL does to the language."""
-    rng, grammar = random.Random(seed), Grammar(REVIEWS)
+    rng = random.Random(seed)
+    grammar = Grammar(REVIEWS)
     corpus = [grammar.generate(rng) for _ in range(20_000)]
     prompts, heldout = split(grammar.expansions("opening"), 40, rng)
     return Task(corpus, prompts, heldout, opinion, grammar.grammatical)
@@ -504,7 +505,8 @@ SMALL_TALK = {
 
 def hello(seed):
     """Small talk in which one reply of fifty says hello."""
-    rng, grammar = random.Random(seed), Grammar(SMALL_TALK)
+    rng = random.Random(seed)
+    grammar = Grammar(SMALL_TALK)
     corpus = [grammar.generate(rng) for _ in range(10_000)]
     prompts, heldout = split(grammar.expansions("opening"), 16, rng)
     return Task(corpus, prompts, heldout, contains("hello"), grammar.grammatical)

@@ -3,7 +3,7 @@
 `python rollout.py runs/NAME --prompt "the acting was"` samples from a trained policy; `--help` lists the
 options.
 
-What is left out: beam search, which is no way for a policy to act, and repetition penalties, which would
+This file leaves out beam search, which is no way for a policy to act, and repetition penalties, which would
 train another distribution than the one that is sampled.
 """
 
@@ -31,7 +31,7 @@ def draw(logp, uniforms):
 
 
 def top_k_top_p(logp, top_k=0, top_p=1.0):
-    """logp (B, V), with -inf for all but the top_k likeliest tokens (0: all) and the fewest that hold top_p.
+    """logp (B, V), with -inf for all but the top_k most likely (0: all) and the fewest that hold top_p.
 
     For people who read samples. Training samples from all of π.
     Top-k: Fan et al. 2018; top-p, or nucleus: Holtzman et al. 2020.

@@ -5,9 +5,9 @@ held-out prompts, trains with RL, and evaluates again. Its files are in runs/NAM
 last checkpoint, which is written atomically every few iterations. `--resume` repeats the iterations after it
 bit for bit, because the random numbers of an iteration depend only on (seed, iteration).
 
-Read `collect`, `train` and `evaluate` first. What is left out: comparisons of several runs, because
+Read `collect`, `train` and `evaluate` first. This file leaves out comparisons of several runs, because
 tests/studies/compare.py makes them from runs of this program; learning-rate schedules, because none helped;
-and services that log, because metrics.csv is enough.
+and logging services, because metrics.csv is enough.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     # advantages, and the critic's targets
     estimator = ADVANTAGES[config.advantage]
     batch.advantages, batch.returns = estimator(rewards, batch.scores, batch.values, mask, config)
-    check_finite(mean_of_the_advantages=masked_mean(batch.advantages, mask).item())
+    check_finite({"mean of the advantages": masked_mean(batch.advantages, mask).item()})
     if config.whiten:
         batch.advantages = whiten(batch.advantages, mask)
     return batch, episode_statistics(task, prompts, completions, batch, config)
@@ -243,6 +243,11 @@ class Run:
 
     def evaluate(self, policy=None):
         return evaluate(self.task, policy or self.policy, self.reference, self.tokenizer, self.config)
+
+    def evaluate_and_log(self, iteration):
+        evaluation = self.evaluate()
+        self.log_evaluation(iteration, *evaluation)
+        return evaluation
 
     def log_evaluation(self, iteration, figures, samples):
         """Write eval.csv and samples-ITERATION.jsonl."""
@@ -304,18 +309,16 @@ def train(config, resume=False):
 
         # Raises TypeError if a custom algorithm returns a column that is there already.
         row = dict(iteration=iteration, **stats, **update, **fit, seconds=seconds)
-        check_finite(**row, sum_of_the_weights=sum_of_weights(policy, critic))  # NaN if any weight is
+        check_finite(row | {"sum of the weights": sum_of_weights(policy, critic)})  # NaN if any weight is
         run.log_iteration(row)
         print_iteration(run.history, config.iterations, warned)
         if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
-            figures, samples = run.evaluate()
-            run.log_evaluation(iteration, figures, samples)
+            figures, _ = run.evaluate_and_log(iteration)
             print_figures(task, {f"after {iteration}": figures})
         if iteration % config.save_every == 0:
             run.save()
 
-    after = run.evaluate()
-    run.log_evaluation(len(run.history), *after)
+    after = run.evaluate_and_log(len(run.history))
     run.save()
     report(run, before, after)
 

@@ -249,9 +249,9 @@ def test_a_long_gradient_is_clipped_and_its_norm_reported(policy):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_check_finite_names_the_quantity_that_is_not(value):
-    check_finite(first=0.0, second=-1e300)
+    check_finite({"first": 0.0, "second": -1e300})
     with pytest.raises(FloatingPointError, match=f"the second one is {value}"):
-        check_finite(first=0.0, second_one=value)
+        check_finite({"first": 0.0, "second one": value})
 
 
 def test_an_infinite_gradient_of_a_finite_loss_moves_no_weight():

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 import train
 from helpers import ROOT, Malice, contents, task_file
-from model import GPT, BadInput, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint
 from rollout import sample
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -52,7 +52,7 @@ def make_theirs(c, **changes):
 
 
 def write_tokenizer(folder):
-    """vocab.json and merges.txt of 300 tokens in no order, learned by tokenizers. The end of text is token 0."""
+    """vocab.json and merges.txt of 300 tokens in no order. The end of text is token 0."""
     learned = ByteLevelBPETokenizer()
     learned.train_from_iterator(CORPUS, vocab_size=300, special_tokens=[END], show_progress=False)
     learned.save_model(str(folder))

@@ -123,7 +123,7 @@ def test_the_best_pass_on_held_out_comparisons_counts(policy, tokenizer, contrar
     torch.testing.assert_close(flatten(model.parameters()).detach(), passes[best][1])
 
 
-def test_a_learned_reward_does_not_depend_on_filler_or_batch_mates(model, tokenizer):
+def test_a_learned_reward_does_not_depend_on_padding_or_batch_mates(model, tokenizer):
     reward = learned_reward(model, tokenizer, config())
     texts = [" good", " bad bad film plot plot poor film", " fine film", ""]
     together = reward(["film"] * 4, texts)

@@ -180,7 +180,7 @@ def test_each_row_of_a_batch_gets_what_it_would_get_alone(policy, temperature):
     assert T == max(map(len, alone))
     padded = [tokens + [EOS] * (T - len(tokens)) for tokens in alone]
     assert torch.cat([r.obs, r.actions[:, -1:]], 1).tolist() == padded
-    # The mask has what was chosen, with the end of text, but neither the prompt nor the filler.
+    # The mask has what was chosen, with the end of text, but neither the prompt nor the padding.
     assert r.mask.tolist() == [[len(prompt) <= t < len(tokens) for t in range(1, T)]
                                for prompt, tokens in zip(prompts, alone)]
     # The log-probabilities are constants: those of a full forward pass, in the precision of the policy.

@@ -27,7 +27,8 @@ GPT2 = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytor
         "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "add_cross_attention": (False,),
         "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,)}
 TEXTS = [" ", "the quick brown fox", " two  spaces, at the end  ", "It's we'll THEY'VE 'tis", "naïve café",
-         "3.14159 1,000,000", "春眠不觉晓，处处闻啼鸟。", "the 春眠 7号 x", "日本語 かな 한국어", "Привет, мир",
+         "3.14159 1,000,000", "春眠不觉晓，处处闻啼鸟。", "the 春眠 7号 x", "日本語 かな 한국어",
+         "Привет, мир",
          "مرحبا بالعالم", "🎬👩‍👩‍👧 🇨🇭!", "a\r\nb\rc\n\n\nd\n", "\tdef f(x):\n    return x ** 2\n",
          "--- ... ?!", "https://x.org/?a=1&b=%20", "…—“quoted”", "a\u3000b\xa0c\u200bd\x00\x7f", "½ ² Ⅷ ٣"]
 
