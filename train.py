@@ -220,7 +220,49 @@ def episode_statistics(task, prompts, completions, batch, config):
     return stats
 
 
-# A run.
+# The RL loop.
+
+def train(config, resume=False):
+    """Train one run, or resume it: evaluation, RL, evaluation again. Raises BadInput, FloatingPointError."""
+    run, before = prepare(config, resume)
+    task, policy, reference, critic = run.task, run.policy, run.reference, run.critic
+    warned = set()
+
+    for iteration in range(len(run.history) + 1, config.iterations + 1):
+        start = time.perf_counter()
+        generators = random_generators(config.seed, iteration, run.device)
+        batch, stats = collect(task, policy, reference, critic, run.tokenizer, config, generators)
+        old = copy.deepcopy(policy)
+        update = ALGOS[config.algo](policy, batch, run.optimizer, config, generators["update"])
+        if "kl_update" not in update:  # of 64 episodes: all would take a quarter of a small update's time
+            update["kl_update"] = mean_kl(old, policy, batch.rows(slice(64)), config)
+        fit = {}
+        if critic is not None:
+            fit = fit_critic(critic, batch, run.critic_optimizer, config, generators["update"])
+        seconds = time.perf_counter() - start
+
+        # Raises TypeError if a custom algorithm returns a column that is there already.
+        row = dict(iteration=iteration, **stats, **update, **fit, seconds=seconds)
+        check_finite(row | {"sum of the weights": sum_of_weights(policy, critic)})  # NaN if any weight is
+        run.log_iteration(row)
+        print_iteration(run.history, config.iterations, warned)
+        if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
+            figures, _ = run.evaluate_and_log(iteration)
+            print_figures(task, {f"after {iteration}": figures})
+        if iteration % config.save_every == 0:
+            run.save()
+
+    after = run.evaluate_and_log(len(run.history))
+    run.save()
+    report(run, before, after)
+
+
+def sum_of_weights(policy, critic):
+    models = [policy] if critic is None else [policy, critic]
+    return sum(p.detach().sum() for model in models for p in model.parameters()).item()
+
+
+# What the loop works with.
 
 @dataclass
 class Run:
@@ -283,49 +325,10 @@ class Run:
                 module.load_state_dict(saved[name])
             self.history = list(saved["history"])
             self.evaluations = dict(saved["evaluations"])
+            self.pretraining = dict(saved["pretraining"])
         except Exception as e:  # a damaged file can raise nearly anything
             path = self.path / "checkpoint.pt"
             raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
-
-
-def train(config, resume=False):
-    """Train one run, or resume it: evaluation, RL, evaluation again. Raises BadInput, FloatingPointError."""
-    run, before = prepare(config, resume)
-    task, policy, reference, critic = run.task, run.policy, run.reference, run.critic
-    warned = set()
-
-    for iteration in range(len(run.history) + 1, config.iterations + 1):
-        start = time.perf_counter()
-        generators = random_generators(config.seed, iteration, run.device)
-        batch, stats = collect(task, policy, reference, critic, run.tokenizer, config, generators)
-        old = copy.deepcopy(policy)
-        update = ALGOS[config.algo](policy, batch, run.optimizer, config, generators["update"])
-        if "kl_update" not in update:  # of 64 episodes: all would take a quarter of a small update's time
-            update["kl_update"] = mean_kl(old, policy, batch.rows(slice(64)), config)
-        fit = {}
-        if critic is not None:
-            fit = fit_critic(critic, batch, run.critic_optimizer, config, generators["update"])
-        seconds = time.perf_counter() - start
-
-        # Raises TypeError if a custom algorithm returns a column that is there already.
-        row = dict(iteration=iteration, **stats, **update, **fit, seconds=seconds)
-        check_finite(row | {"sum of the weights": sum_of_weights(policy, critic)})  # NaN if any weight is
-        run.log_iteration(row)
-        print_iteration(run.history, config.iterations, warned)
-        if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
-            figures, _ = run.evaluate_and_log(iteration)
-            print_figures(task, {f"after {iteration}": figures})
-        if iteration % config.save_every == 0:
-            run.save()
-
-    after = run.evaluate_and_log(len(run.history))
-    run.save()
-    report(run, before, after)
-
-
-def sum_of_weights(policy, critic):
-    models = [policy] if critic is None else [policy, critic]
-    return sum(p.detach().sum() for model in models for p in model.parameters()).item()
 
 
 def prepare(config, resume):
@@ -342,7 +345,7 @@ def prepare(config, resume):
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(path, device)
         reward_model = saved.get("reward_model")
-        pretraining = saved.get("pretraining")
+        pretraining = None  # restored below
     else:
         policy, tokenizer, pretraining = load_or_pretrain(config, task, device)
         reference = copy.deepcopy(policy)
