@@ -5,8 +5,9 @@ Nothing here knows that the actions are tokens. A loss function takes a micro-ba
 action, (b, T); `mean_gradient` differentiates the mean over all actions of the batch.
 
 Three sizes of batches: a *batch* is all episodes of an iteration; a *minibatch* is the share of them that one
-optimizer step uses (ppo, critic); a *micro-batch* is what is in memory at once. The gradients of
-micro-batches are added up, so their size changes no result.
+optimizer step uses (ppo, critic); a *micro-batch* is what is in memory at once, except for the Fisher
+products of TRPO, which keep all their graphs. The gradients of micro-batches are added up, so their size
+changes no result.
 
 This file leaves out value clipping, an entropy bonus, learning-rate decay and an adaptive KL coefficient,
 because none of them improved reward or grammar when they were measured.
@@ -34,14 +35,17 @@ class Batch:
     advantages: torch.Tensor = None  # (B, T)
     returns: torch.Tensor = None  # (B, T) the critic's targets
     values: torch.Tensor = None  # (B, T) V(s_t) before the critic is trained on them; 0 without a critic
-    # The losses of this file do not use these. They are logged, and a custom loss may use them.
+    # The losses of this file do not use the fields below. They are logged, and a custom loss may use them.
     ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t)
     scores: torch.Tensor = None  # (B,) what the reward function returned
     kl: torch.Tensor = None  # (B, T) the exact KL(π_old‖π_ref) in s_t, nats
     entropy: torch.Tensor = None  # (B, T) the entropy of π_old(·|s_t), nats
 
     def rows(self, index, columns=None):
-        """The Batch of these episodes, cut to their first `columns` columns if a number is given."""
+        """The Batch of the episodes that index selects, a tensor of numbers, a list or a slice.
+
+        They are cut to their first `columns` columns if a number is given.
+        """
         cut = lambda x: x[index] if x.dim() == 1 else x[index, :columns]
         return Batch(*(None if x is None else cut(x) for x in vars(self).values()))
 
@@ -68,9 +72,10 @@ def micro_batches(batch, size):
 
 @torch.no_grad()
 def map_micro_batches(function, batch, config):
-    """function(batch), computed one micro-batch at a time: (B, T, …). Zero after an episode's end.
+    """function(batch), computed one micro-batch at a time: (B, T, …).
 
-    function: micro-batch -> (b, T, …).
+    function: micro-batch -> (b, t, …). After the last action of an episode the result is meaningless, because
+    it depends on the size of micro-batches: use it with the mask.
     """
     whole = None
     for index, part in micro_batches(batch, config.micro_batch):
@@ -245,14 +250,15 @@ def ppo(policy, batch, optimizer, config, generator=None):
         optimizer.step()
         steps.append(stats)
     means = {name: fmean(stats[name] for stats in steps) for name in ("loss", "grad_norm", "clip_fraction")}
-    return means | {"steps": len(steps)}
+    return means | {"steps": len(steps)}  # without "kl", which is the name of a column of the batch
 
 
 def fit_critic(critic, batch, optimizer, config, generator=None):
-    """Train the critic on the returns by least squares. Returns diagnostics.
+    """Train the critic by least squares on batch.returns, the targets of the estimator. Returns diagnostics.
 
-    The loss is divided by the variance of the returns, so gradients, and the norm to which they are clipped,
-    do not depend on the scale of the reward. (`Critic.rescale_output` does the same for the weights.)
+    With gae the targets are λ-returns, otherwise Monte-Carlo returns. The loss is divided by their variance,
+    so the gradient, and the effect of clipping its norm, do not depend on the scale of the reward.
+    (`Critic.rescale_output` achieves the same for the weights of the head.)
     """
     _, variance = mean_and_variance(batch.returns, batch.mask)
     variance = variance.clamp(min=1e-8)
@@ -273,7 +279,8 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
 def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     """Solve A x = b for a symmetric positive definite A of which only the products v -> A v are known.
 
-    It minimizes ½xᵀAx - bᵀx along directions that do not undo one another's work.
+    It minimizes ½xᵀAx - bᵀx along one direction after another. The directions are conjugate (pᵀA p' = 0), so
+    a later step does not undo an earlier one.
     matvec: (n,) -> (n,).  b: (n,).  iters: maximum number of products.  tol: stop when |r|² ≤ tol |b|².
     Returns x (n,) and the residual r = b - A x (n,), so xᵀA x = xᵀ(b - r) costs no further product.
     Returns the current x if pᵀA p is not positive, through rounding or because A is not positive definite.
@@ -301,17 +308,19 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
 def fisher_vector_product(policy, batch, config):
     """The function v -> F v, (n,) -> (n,), for the policy's Fisher matrix F over the states of the batch.
 
-    F is the Hessian of the mean KL(π_old‖π) at π = π_old. By the chain rule the Hessian in one state is
-    Jᵀ (diag p - p pᵀ) J + Σ_k (∂KL/∂logit_k) ∇²logit_k, with J the derivative of the logits with respect to
-    the weights and p their softmax. At π_old the derivative of the KL with respect to the logits is zero, so
-    the
-    second term is gone: F = E[Jᵀ (diag p - p pᵀ) J] is positive semi-definite by construction, and needs no
-    second derivative with respect to the weights.
+    F is the Hessian of the mean KL(π_old‖π) at π = π_old. By the chain rule, with J the derivative of the
+    logits with respect to the weights and p their softmax, the Hessian in one state is
+
+        Jᵀ (diag p - p pᵀ) J + Σ_k (∂KL/∂logit_k) ∇²logit_k
+
+    At π_old the derivative of the KL with respect to the logits is zero, so the second term is gone. What
+    remains, F = E[Jᵀ (diag p - p pᵀ) J], is positive semi-definite, and it needs no second derivative with
+    respect to the weights.
 
     A product takes two backward passes.
-    1. J v: the backward pass f(u) = Jᵀu is linear in u, so J v is the derivative of f(u)·v with respect to u,
-    at
-       any u. f(u) is computed once for all products.
+    1. J v: a backward pass computes f(u) = Jᵀu for any u (B, T, A). f is linear, so the derivative of f(u)·v
+    with
+       respect to u is J v, whatever u is; here u = 0. f(u) is computed once for all products.
     2. Jᵀ (diag p - p pᵀ) J v: J v is sent back through the softmax, whose derivative is diag p - p pᵀ.
 
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
@@ -322,7 +331,7 @@ def fisher_vector_product(policy, batch, config):
     n_actions = all_sum(batch.mask.sum())
     graphs = []
     for _, part in micro_batches(batch, config.micro_batch):
-        with sdpa_kernel(SDPBackend.MATH):  # the backward pass of fused attention cannot be differentiated
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention's backward pass cannot be differentiated
             logits = policy(part.obs) / config.temperature  # (b, T, A)
         probs = logits.softmax(-1)
         weight = part.mask.unsqueeze(-1).to(logits.dtype) / n_actions  # (b, T, 1), which makes sums means
@@ -365,10 +374,11 @@ def line_search(evaluate, params, step, delta, backtracks=10):
 def trpo(policy, batch, optimizer, config, generator=None):
     """The largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
 
-    With g the gradient of the surrogate and the KL ½ sᵀF s to second order, that step is s = sqrt(2δ / xᵀF x)
-    x with F x = g. It points along the natural gradient and is scaled so that its KL, to second order, is δ.
-    The line search then checks the exact KL and the surrogate. F is taken over a random fisher_fraction of
-    the episodes, and damping is added to its diagonal. There is no learning rate; the optimizer is not used.
+    Let g be the gradient of the surrogate. To second order the KL of a step s is ½ sᵀF s, so the best step is
+    s = sqrt(2δ / xᵀF x) x with F x = g. It points along the natural gradient and is scaled so that its KL, to
+    second order, is δ. The line search then checks the exact KL and the surrogate. F is taken over a random
+    fisher_fraction of the episodes, and damping is added to its diagonal. There is no learning rate; the
+    optimizer is not used.
     Returns diagnostics; accepted is 0 if no step was taken and the weights are as before.
     Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """
@@ -398,12 +408,12 @@ def trpo(policy, batch, optimizer, config, generator=None):
 
     step = torch.zeros_like(x)
     residual = 0.0
-    accepted = None
+    found = None
     if 0 < xFx < math.inf:  # False if the gradient is zero or a product is not finite
         step = (2 * config.delta / xFx).sqrt() * x
         residual = (r.norm() / g.norm()).item()
-        accepted = line_search(evaluate, params, step, config.delta)
-    halvings, improvement, kl = accepted or (0, 0.0, 0.0)
-    length = step.norm().item() * 0.5 ** halvings if accepted else 0.0
-    return stats | {"kl_update": kl, "accepted": int(accepted is not None), "halvings": halvings,
+        found = line_search(evaluate, params, step, config.delta)
+    halvings, improvement, kl = found or (0, 0.0, 0.0)
+    length = step.norm().item() * 0.5 ** halvings if found else 0.0
+    return stats | {"kl_update": kl, "accepted": int(found is not None), "halvings": halvings,
                     "surrogate_gain": improvement, "step_norm": length, "cg_relative_residual": residual}

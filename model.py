@@ -46,7 +46,8 @@ class KVCache:
     """The keys and values of one attention layer for the S tokens read so far. Only sampling needs it.
 
     A sampler reads one more token at each step. With the cache it computes that token's keys and values only,
-    instead of those of the whole text. k and v: (B, H, S, D), for B texts and H heads of size D.
+    instead of those of the whole text. k and v: (B, H, max_length, D), of which S are filled, for B texts and
+    H heads of size D.
     """
 
     def __init__(self, max_length):
@@ -89,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         # softmax(q kᵀ / √D) v, where each query sees the keys up to its own token
         if cache is None:  # T queries, T keys
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-        else:  # T queries, the newest of S keys: query t sees the keys up to S - T + t
+        else:  # T queries, which belong to the last T of S keys: query t sees the keys up to S - T + t
             k, v = cache.append(k, v)  # (B, H, S, D) each
             S = k.shape[2]
             visible = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
@@ -180,10 +181,13 @@ class Critic(nn.Module):
     """The same trunk with a scalar head. tokens (B, T) -> values (B, T), predictions of the return.
 
     The critic is a separate network. A value head on the policy's trunk would move the policy whenever the
-    critic is trained, outside any trust region. `policy`, if given, provides the trunk's initial weights. The
-    output is V = mean + std·h, with h = w·x + b. The head starts at w = 0 and b = 0, so V is the mean until
-    the critic is trained. Trained with another loss, a Critic serves as the reward model (reward.py);
-    `last_value` then returns the reward of a whole text.
+    critic is trained, outside any trust region. `policy`, if given, provides the trunk's initial weights.
+
+    The output is V = mean + std·h, with h = w·x + b. The head starts at w = 0 and b = 0, so V is the mean
+    until the critic is trained.
+
+    Trained with another loss, a Critic serves as the reward model (reward.py). `last_value` then returns the
+    reward of a whole text.
     """
 
     def __init__(self, config, policy=None):
@@ -210,10 +214,10 @@ class Critic(nn.Module):
     def rescale_output(self, mean, std):
         """Set mean and std of V = mean + std·h, so the head always predicts numbers of order 1.
 
-        mean, std: 0-d tensors, of the returns. A trained critic keeps its values, because the head is
-        rescaled in
-        the opposite direction: w ← w·std_old/std, b ← (mean_old + std_old·b - mean)/std. A new one (w = 0)
-        predicts the new mean. A std of zero is ignored.
+        mean, std: 0-d tensors, of the returns. A std of zero is ignored.
+        A trained critic keeps its values, because the head is rescaled the other way round:
+        w ← w·std_old/std, b ← (mean_old + std_old·b - mean)/std. A new critic (w = 0) predicts the new mean.
+        Adam's averages are not rescaled, because mean and std change little from one iteration to the next.
         PopArt: van Hasselt et al. 2016, "Learning values across many orders of magnitude".
         """
         std = torch.where(std > 0, std, self.std)
@@ -232,7 +236,7 @@ class Critic(nn.Module):
 # space. BPE merges bytes within a word only. In our pattern a Chinese character is a word, so a prompt that
 # ends after one has the same tokens as within a longer text.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-OUR_SPLIT = GPT2_SPLIT.replace(r" ?\p{L}+", r"\p{Han}| ?(?:(?!\p{Han})\p{L})+")
+OUR_SPLIT = r"'(?:[sdmt]|ll|ve|re)|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
 
 
@@ -363,8 +367,8 @@ def write_atomically(path, write):
 def save_checkpoint(path, policy, tokenizer, **more):
     """Write the file that `load_checkpoint` reads.
 
-    more: state_dicts (of them `reference`, a policy's, and `reward_model`, a Critic's, become models again
-    when they are loaded) and plain data.
+    more: state_dicts and plain data. Two of the state_dicts become models again when they are loaded:
+    `reference`, of a policy, and `reward_model`, of a Critic.
     """
     state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state()}
     write_atomically(path, lambda file: torch.save(state | more, file))
@@ -385,6 +389,7 @@ def load_checkpoint(path, device="cpu"):
         config = GPTConfig(**state.pop("model"))
         weights = state.pop("policy")
         tokenizer = Tokenizer.from_state(state.pop("tokenizer"))
+        # Checked before GPT(config), because a forged n_layer must not allocate a giant model.
         if tokenizer.vocab_size != config.vocab_size or config.n_layer > len(weights):
             raise ValueError("the sizes of the model do not fit its tokenizer or weights")
         policy = GPT(config)

@@ -36,8 +36,8 @@ class Task:
     heldout: list[str]  # openings for evaluation, none of them in prompts
     reward: Callable[[str, str], float]  # (prompt, completion) -> what RL maximises
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
-    # If the reward is to be learned: a list of (prompt, better, worse), or an annotator, which is a function
-    # (prompt, first completion, second completion) -> the probability that the first is preferred.
+    # If the reward is to be learned. Either a list of comparisons (prompt, better, worse), or an annotator: a
+    # function (prompt, first, second) -> the probability that the first of two completions is preferred.
     preferences: Any = None
     true_reward: Callable[[str, str], float] = None  # next to a learned reward: reported, never trained on
 
@@ -115,7 +115,8 @@ def load_task(name, seed):
         if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
             raise BadInput(f"{name}: {field} must be a list of texts")
     for function in (task.reward, task.metric):
-        if not callable(function) and not (function is None and preferences is not None):
+        may_be_missing = function is None and preferences is not None  # it will be learned
+        if not (callable(function) or may_be_missing):
             raise BadInput(f"{name}: reward and metric must be functions of a prompt and a completion")
     if not (preferences is None or callable(preferences)):
         check_comparisons(name, preferences)
@@ -190,7 +191,7 @@ def annotate(annotator, prompts, first, second, rng):
         return annotator(prompt, *pair)
 
     comparisons = []
-    pairs = list(zip(first, second))
+    pairs = list(zip(first, second))  # `score` calls preferences(prompt, pair), and checks numbers
     for prompt, (a, b), p in zip(prompts, pairs, score(preferences, prompts, pairs)):
         if not 0 <= p <= 1:
             raise BadInput(f"preferences returned {p} for {prompt!r}, {a!r} and {b!r}: return a probability")
@@ -202,7 +203,7 @@ def annotate(annotator, prompts, first, second, rng):
 
 # The reward model: a reward that is learned from comparisons of two texts.
 
-def to_rows(prompts, completions, tokenizer, block_size):
+def text_rows(prompts, completions, tokenizer, block_size):
     """Whole texts as tokens: prompt, completion and, unless completion.ended is False, the end of text.
 
     Returns (B, T) int64, padded with -100, T ≤ block_size: tokens beyond the context are cut off.
@@ -218,31 +219,37 @@ def to_rows(prompts, completions, tokenizer, block_size):
 
 def learned_reward(model, tokenizer, config):
     """The reward function of a reward model, a Critic that is read at the last token of a text."""
+    def reward_of_text(part):
+        return model.last_value(part.obs[:, 0, 0])[:, None]  # obs (b, 1, 1, T) -> (b, 1)
+
     @batched
     def learned(prompts, completions):
-        rows = to_rows(prompts, completions, tokenizer, model.transformer.config.block_size)  # (B, T)
+        rows = text_rows(prompts, completions, tokenizer, model.transformer.config.block_size)  # (B, T)
         texts = one_decision_each(rows[:, None].to(model.mean.device))
-        rewards = map_micro_batches(lambda part: model.last_value(part.obs[:, 0, 0])[:, None], texts, config)
+        rewards = map_micro_batches(reward_of_text, texts, config)  # (B, 1)
         return rewards[:, 0].tolist()
     return learned
 
 
 def one_decision_each(texts):
-    """A Batch in which K texts count as one decision. texts: (N, K, T) -> obs (N, 1, K, T)."""
+    """A Batch for `map_micro_batches` and `mean_gradient`, in which K texts together count as one action.
+
+    texts: (N, K, T) tokens. obs is (N, 1, K, T) and mask (N, 1): one column per row, and K T cells each.
+    """
     return Batch(texts[:, None], None, torch.ones(len(texts), 1, dtype=torch.bool, device=texts.device))
 
 
 def to_batch(comparisons, tokenizer, block_size, device):
     """Comparisons [(prompt, better, worse)] as a Batch of one decision each, obs (N, 1, 2, T)."""
     prompts, better, worse = zip(*comparisons)
-    tokens = to_rows(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
+    tokens = text_rows(prompts * 2, better + worse, tokenizer, block_size).to(device)  # (2N, T)
     return one_decision_each(torch.stack(tokens.chunk(2), 1))
 
 
 def choose_comparisons(task, tokenizer, config, block_size):
     """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
-    n = min(config.comparisons, len(task.preferences))
-    comparisons = random.Random(config.seed).sample(task.preferences, n)
+    count = min(config.comparisons, len(task.preferences))
+    comparisons = random.Random(config.seed).sample(task.preferences, count)
     check_fit({prompt for prompt, *_ in comparisons}, tokenizer, 1, block_size)
     for prompt, better, worse in comparisons:
         longer = max(len(tokenizer.encode(better)), len(tokenizer.encode(worse)))
@@ -270,7 +277,8 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
     Christiano et al. 2017; of texts: Stiennon et al. 2020.
     """
     def margin(part):
-        rewards = model.last_value(part.obs.flatten(0, 2)).view(-1, 1, 2)  # (b, 1, 2)
+        texts = part.obs.flatten(0, 2)  # (b, 1, 2, T) -> (2b, T)
+        rewards = model.last_value(texts).view(-1, 1, 2)  # (b, 1, 2)
         return rewards[..., 0] - rewards[..., 1]  # (b, 1), one decision each
 
     def loss(part):

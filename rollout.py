@@ -41,7 +41,8 @@ def top_k_top_p(logp, top_k=0, top_p=1.0):
     keep = before < (top_p if top_p < 1 else math.inf)  # 1 keeps all, whatever the rounding
     if top_k:
         keep[:, top_k:] = False
-    return logp.masked_fill(~keep.gather(-1, index.argsort(-1)), -math.inf)
+    keep = keep.gather(-1, index.argsort(-1))  # from sorted order back to the order of the vocabulary
+    return logp.masked_fill(~keep, -math.inf)
 
 
 def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
@@ -91,7 +92,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     device = next(policy.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
     B = len(prompts)
-    T = max(lengths) + max_new_tokens - 1  # columns: column t chooses tokens[:, t+1]
+    T = max(lengths) + max_new_tokens - 1  # columns; column t chooses tokens[:, t+1], so there are T+1 tokens
     if min(lengths) == 0 or T + 1 > policy.config.block_size:
         raise ValueError(f"an empty prompt, or {T + 1} tokens exceed the context {policy.config.block_size}")
 
@@ -112,7 +113,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
         n_cached = t + 1
 
         # Random numbers belong to a row: its i-th action uses its i-th number.
-        i = (t - start[active]).clamp(0, max_new_tokens - 1)
+        i = (t - start[active]).clamp(0, max_new_tokens - 1)  # any number will do for a row that does not act
         choice, logp = choose(logits, uniforms[active, i], temperature, top_k, top_p)
 
         # Prompt tokens are forced: inside its own, longer prompt a row keeps the token that is there.
@@ -121,7 +122,8 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
         logprobs[active, t] = logp
         stop[active] = torch.where(acts & (choice == eos_token), t + 1, stop[active])
 
-        # Finished rows are dropped, at every fourth token only, because asking for them makes a GPU wait.
+        # Finished rows are dropped once they are a quarter. A GPU has to wait for this question, so it is
+        # asked at every fourth token only.
         if t % 4 == 3:
             unfinished = (t + 1 < stop[active]).nonzero().squeeze(-1)
             if len(unfinished) == 0:

@@ -136,8 +136,9 @@ class Config:
     save_every: int = option(5, "iterations between checkpoints", 1)
 
 
-# Defaults that differ by advantage, algorithm, task, and weights of --init: the last of these four wins.
-# The RL defaults of reviews and addition were checked on another corpus (--pretrain-seed 1): tests/README.md.
+# Defaults that differ by advantage, algorithm, task, and weights of --init. If two of them name an option,
+# the task's wins over the algorithm's, and so on; an option that is given wins over all. The RL defaults of
+# reviews and addition were checked on another corpus (--pretrain-seed 1): tests/README.md.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
@@ -365,12 +366,12 @@ def prepare(config, resume):
         run.restore(saved)
         done = len(run.history)
         has_ended = (path / "result.json").exists()  # otherwise its last evaluation is missing
-        if config.iterations < done or config.iterations == done and has_ended:
+        if config.iterations < done or (config.iterations == done and has_ended):
             raise BadInput(f"{path} has done {done} iterations: give more --iterations")
 
     before = run.evaluate(reference)
     prepare_run_dir(path, config, resume)
-    run.save()
+    run.save()  # before any other file, because a run can be resumed from here: it evaluates again
     run.log_evaluation(0, *before)
     print(f"\n{config.algo} with {config.advantage} on {config.task}: "
           f"{sum(p.numel() for p in policy.parameters()):,} weights, device: {device}, "
@@ -399,10 +400,10 @@ def evaluate(task, policy, reference, tokenizer, config):
 
     functions = {"reward": task.reward, "true_reward": task.true_reward, "metric": task.metric}
     numbers = {name: score(f, prompts, texts) for name, f in functions.items() if f is not None}
-    n = min(len(task.heldout), len(prompts))
-    by_prompt = [numbers["reward"][i::n] for i in range(n)]  # prompt i has the rows i, i + n, i + 2n, …
+    n = min(len(task.heldout), len(prompts))  # different prompts
+    by_prompt = [fmean(numbers["reward"][i::n]) for i in range(n)]  # prompt i has rows i, i + n, …
 
-    figures = {"reward": fmean(numbers["reward"]), "reward_ci": half_width([*map(fmean, by_prompt)])}
+    figures = {"reward": fmean(numbers["reward"]), "reward_ci": half_width(by_prompt)}
     figures |= {name: fmean(values) for name, values in numbers.items()}
     figures |= {"greedy": fmean(score(task.metric, task.heldout, greedy)),
                 "kl": kl.mean().item(), "entropy": H.mean().item(),
@@ -486,7 +487,7 @@ def load_or_pretrain(config, task, device):
         policy, _, tokenizer, _ = load_checkpoint(config.init, device)
         if not config.pretrain_steps:
             return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
-    path = Path(config.out) / "pretrained" / f"{pretraining_key(config, task, policy)}.pt"
+    path = Path(config.out) / "pretrained" / f"{pretraining_key(config, task, policy, device)}.pt"
     if path.exists():
         policy, _, tokenizer, more = load_checkpoint(path, device)
         print(f"pretrained weights from {path}")
@@ -511,10 +512,12 @@ def load_or_pretrain(config, task, device):
     return policy, tokenizer, figures
 
 
-def pretraining_key(config, task, policy):
+def pretraining_key(config, task, policy, device):
     """A hash of everything that decides the pretrained weights. policy: of --init, or None."""
     names = ("pretrain_seed", "pretrain_steps", "pretrain_batch", "pretrain_lr", *INHERITED)
-    decides = [task.corpus, *(getattr(config, name) for name in names), torch.get_num_threads()]
+    # The last three change the order of sums, and so the last digits of the weights.
+    decides = [task.corpus, *(getattr(config, name) for name in names), torch.get_num_threads(),
+               processes()[1], device.type]
     key = hashlib.sha256(json.dumps(decides).encode())
     if policy is not None:
         for tensor in policy.state_dict().values():
@@ -525,8 +528,8 @@ def pretraining_key(config, task, policy):
 def to_rows(texts, block_size):
     """Texts (lists of tokens) as rows (N, T+1) of tokens, T ≤ block_size, padded with -100.
 
-    A longer text continues in the next row, which repeats its last token, so each token except the first of a
-    text is predicted once.
+    A longer text continues in the next row, which repeats its last token: with block_size 2, [a b c d]
+    becomes [a b c] and [c d]. So each token except the first of a text is predicted once.
     """
     pieces = [torch.tensor(text[i:i + block_size + 1])
               for text in texts for i in range(0, len(text) - 1, block_size)]
@@ -593,7 +596,7 @@ def maximize_likelihood(policy, rows, config, generator):
     for step, (batch, mean_tokens) in enumerate(islice(batches, steps), start=1):
         texts = as_batch(rows[batch.tensor_split(count)[rank]], device)  # this process's share
         n_tokens = lengths[batch].sum().item()
-        weight = n_tokens / mean_tokens
+        weight = n_tokens / mean_tokens  # so the loss is a sum over the tokens, divided by mean_tokens
         loss = mean_gradient(policy, lambda part: weight * nll(policy, part), texts, config, 1.0)["loss"]
         optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / 50, 1 - step / (steps + 1))
         optimizer.step()
@@ -756,7 +759,11 @@ def make_parser():
 
 
 def parse(argv):
-    """(Config, args) of a command line, whose options win over all defaults. Bad ones exit with status 2."""
+    """(Config, args) of a command line. Bad options exit with status 2.
+
+    `given` are the options on the command line. All others have the values of the run that is resumed or
+    evaluated; of a new run, those of DEFAULTS, or else of Config.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     for moved, command in MOVED.items():
