@@ -165,7 +165,8 @@ def test_random_numbers_are_others_for_each_purpose_seed_and_iteration():
 
 @pytest.mark.parametrize("task", train.TASKS)
 def test_every_built_in_task_runs(tmp_path, task, capsys):
-    options = [*TINY, "--pretrain-steps", "5", "--vocab-size", "270", "--eval-episodes", "4"]
+    options = [*TINY, "--pretrain-steps", "5", "--vocab-size", "270", "--eval-episodes", "4",
+               "--comparisons", "400", "--reward-steps", "12"]
     context = ["--block-size", "80"] if task != "addition" else []
     prompts = ["--max-new-tokens", "8"]
     assert train.main([*options, *context, *prompts, "--task", task, "--out", str(tmp_path)]) is None
