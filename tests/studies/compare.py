@@ -333,6 +333,7 @@ def plot(groups, path, task):
     learning.set_ylabel(f"mean reward of an iteration ({task})", fontsize=11)
     kl = "√KL(π‖π_ref) of a whole text, √nats" if learned else "KL(π‖π_ref), nats per token"
     frontier.set_xlabel(kl, fontsize=11)
+    frontier.locator_params(axis="x", nbins=6)  # more would overlap
     figure.legend(*learning.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=11)
     for kind in ("png", "pdf"):
         write_atomically(Path(f"{path}.{kind}"),
