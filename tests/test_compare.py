@@ -180,6 +180,8 @@ def test_rows_are_labelled_by_what_differs(tmp_path, options, expected):
 
 def test_each_task_has_a_table_of_its_own(tmp_path):
     runs = [make_run(tmp_path / "a-0", [0, 1], 0.5), make_run(tmp_path / "b-0", [5, 9], 7, task="addition")]
+    (tmp_path / "a-0.log").write_text("")
+    runs.append(str(tmp_path / "a-0.log"))  # as in runs/a-*
     assert compare.main([*runs, "--out", str(tmp_path)]) is None
     text = (tmp_path / "compare.md").read_text()
     assert "## reviews" in text and "## addition" in text

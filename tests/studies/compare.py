@@ -516,8 +516,8 @@ def main(argv=None):
     args, options = parse(sys.argv[1:] if argv is None else argv)
     failed = {}
     try:
-        paths = args.runs
-        if not paths:
+        paths = [run for run in args.runs if not Path(run).is_file()]  # runs/a-* also gives the file a-0.log
+        if not args.runs:
             planned = plan(options, args.seeds)
             failed = train_all(planned, args.script, args.jobs)
             paths = [run.path for run in planned if run.path not in failed]
