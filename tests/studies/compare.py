@@ -241,9 +241,9 @@ def cell(value):
     if not isinstance(value, tuple):
         return str(value)
     mean, half, n, runs = value
-    text = f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
+    text = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.3g}"
     if not math.isnan(half):
-        text += f" ± {half:,.0f}" if abs(mean) >= 1000 else f" ± {half:.2g}"
+        text += f" ± {half:,.0f}" if half >= 10 else f" ± {half:.2g}"
     return text if n == runs else f"{text} ({n} of {runs})"
 
 
