@@ -31,12 +31,11 @@ from torch.profiler import profile
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "examples")]
 
-from gpt2 import transpose_linear
-
 import algos
 import rollout
 import train
 from algos import Batch, action_log_probs, fisher_vector_product, flatten, log_probs
+from gpt2 import transpose_linear
 from model import GPT, Critic, GPTConfig, Tokenizer
 from reward import TASKS, Task
 from rollout import sample
