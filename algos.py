@@ -231,8 +231,7 @@ def ppo(policy, batch, optimizer, config, generator=None):
     target_kl.
     Returns diagnostics, means over the steps taken.
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7. The estimator ρ - 1 - log ρ
-    is
-    unbiased and never negative: Schulman 2020, "Approximating KL Divergence".
+    is unbiased and never negative: Schulman 2020, "Approximating KL Divergence".
     """
     def loss(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
@@ -318,9 +317,9 @@ def fisher_vector_product(policy, batch, config):
     respect to the weights.
 
     A product takes two backward passes.
-    1. J v: a backward pass computes f(u) = Jᵀu for any u (B, T, A). f is linear, so the derivative of f(u)·v
-    with
-       respect to u is J v, whatever u is; here u = 0. f(u) is computed once for all products.
+    1. J v: a backward pass computes f(u) = Jᵀu for any u (B, T, A). Because f(u)·v = u·(J v) is linear in u,
+       its derivative with respect to u is J v, whatever u is; here u = 0. f(u) is computed once for all
+       products.
     2. Jᵀ (diag p - p pᵀ) J v: J v is sent back through the softmax, whose derivative is diag p - p pᵀ.
 
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on

@@ -4,9 +4,9 @@ Small pieces come first: attention, the MLP, the block, the trunk. Then follow t
 Critic, the tokenizer that turns text into tokens, and the checkpoint that holds all of them. This file
 imports nothing else of this project, so it can be copied on its own.
 
-This file leaves out dropout (the corpora are small, but pretraining is short and AdamW's weight decay is
-enough), mixed precision (nothing here is large), and the files of other programs (tests/examples/gpt2.py
-converts GPT-2's). Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+This file leaves out dropout (pretraining makes few passes over the corpus), mixed precision (nothing here is
+large), and the files of other programs (tests/examples/gpt2.py converts GPT-2's).
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
 import contextlib
@@ -217,7 +217,7 @@ class Critic(nn.Module):
         mean, std: 0-d tensors, of the returns. A std of zero is ignored.
         A trained critic keeps its values, because the head is rescaled the other way round:
         w ← w·std_old/std, b ← (mean_old + std_old·b - mean)/std. A new critic (w = 0) predicts the new mean.
-        Adam's averages are not rescaled, because mean and std change little from one iteration to the next.
+        Adam's averages are not rescaled, which is an approximation.
         PopArt: van Hasselt et al. 2016, "Learning values across many orders of magnitude".
         """
         std = torch.where(std > 0, std, self.std)

@@ -273,8 +273,8 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
 
     model: a Critic, whose value at the last token of a text is its reward r.  batch, heldout: see `to_batch`.
     Takes about reward_steps steps of 64 comparisons, in whole epochs, and keeps the weights of the epoch that
-    is best on heldout. Returns {"loss", "accuracy"} there. Bradley & Terry 1952; as a reward for RL:
-    Christiano et al. 2017; of texts: Stiennon et al. 2020.
+    is best on heldout. Returns {"loss", "accuracy"} there.
+    Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
     """
     def margin(part):
         texts = part.obs.flatten(0, 2)  # (b, 1, 2, T) -> (2b, T)

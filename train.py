@@ -6,8 +6,8 @@ last checkpoint, which is written atomically every few iterations. `--resume` re
 bit for bit, because the random numbers of an iteration depend only on (seed, iteration).
 
 Read `collect`, `train` and `evaluate` first. This file leaves out comparisons of several runs, because
-tests/studies/compare.py makes them from runs of this program; learning-rate schedules, because none helped;
-and logging services, because metrics.csv is enough.
+tests/studies/compare.py makes them from runs of this program; learning-rate schedules, because decay did not
+help; and logging services, because metrics.csv is enough.
 """
 
 import argparse

@@ -16,7 +16,7 @@ import runpy
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -400,12 +400,11 @@ def plan(options, seeds):
     planned = []
     for chosen in itertools.product(*choices.values()):
         argv = arguments(dict(zip(choices, chosen)))
-        first_seed = train.parse(argv)[0].seed
-        for seed in range(first_seed, first_seed + seeds):
-            config, _ = train.parse([*argv, "--seed", str(seed)])
-            extra = "".join(f"-{name}{getattr(config, name)}" for name in swept)
-            config.name = config.name.removesuffix(f"-{seed}") + f"{extra}-{seed}"
-            config.threads = config.threads or 1
+        first, _ = train.parse(argv)  # once, because it loads the weights of --init
+        extra = "".join(f"-{name}{getattr(first, name)}" for name in swept)
+        name = first.name.removesuffix(f"-{first.seed}") + extra
+        for seed in range(first.seed, first.seed + seeds):
+            config = replace(first, seed=seed, name=f"{name}-{seed}", threads=first.threads or 1)
             planned.append(Planned([*argv, "--seed", str(seed)], config, state_of(config)))
     if len({run.path for run in planned}) < len(planned):
         raise BadInput("two of these runs would have the same name: leave out values that occur twice")
@@ -497,13 +496,12 @@ def parse(argv):
         parser.error(f"there is no script {script}")
     if script != ROOT / "train.py":
         runpy.run_path(str(script), run_name="compare")  # it adds to train.ALGOS and others
-    names = [f.name for f in fields(train.Config) if f.name != "name"]
-    for f in fields(train.Config):
-        if f.name in names:
-            action = "store_true" if f.type is bool else "store"
-            parser.add_argument(train.flag(f.name), action=action, default=None, help=argparse.SUPPRESS)
+    trained = [f for f in fields(train.Config) if f.name != "name"]  # --name is this program's
+    for f in trained:
+        action = "store_true" if f.type is bool else "store"
+        parser.add_argument(train.flag(f.name), action=action, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {f.name: getattr(args, f.name) for f in trained if getattr(args, f.name) is not None}
     if args.seeds < 1 or args.jobs < 1 or Path(args.name).name != args.name:
         parser.error("--seeds and --jobs must be at least 1, and --name must not contain a slash")
     if args.runs and {*options} - {"out"}:
