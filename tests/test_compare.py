@@ -131,7 +131,7 @@ def test_a_script_is_run_an_option_is_swept_and_a_run_that_diverges_is_left_out(
     assert compare.main(command(tmp_path, *options, "--name", "rates")) == 3
     printed = capfd.readouterr()
     assert f"error: {tmp_path / 'mine-awr-mean-lr1000000000.0-4'} is left out: error: the " in printed.err
-    assert printed.err.splitlines()[-1] == "error: 1 runs failed and are not in the table"
+    assert printed.err.splitlines()[-1] == "error: 1 of 2 runs failed and are not in the table"
     assert [*tables((tmp_path / "rates.md").read_text())[0]] == ["awr"]
     config = json.loads((tmp_path / "mine-awr-mean-lr0.0001-4" / "config.json").read_text())
     assert (config["advantage"], config["lr"], config["max_weight"]) == ("mean", 1e-4, 20)
@@ -140,7 +140,8 @@ def test_a_script_is_run_an_option_is_swept_and_a_run_that_diverges_is_left_out(
 @pytest.mark.parametrize("argv, says", [
     ("nowhere", "nowhere is not a finished run"), ("--algo dqn", "dqn"), ("--seeds 0", "--seeds"),
     ("--script nowhere.py", "nowhere.py"), ("--no-such 1", "--no-such"), ("runs/a --lr 1", "--lr"),
-    ("--name a/b", "--name"), ("--lr 1,1", "occur twice"), ("--batch-size 7,8", "7")])
+    ("--jobs 0", "--jobs"), ("--name a/b", "--name"),
+    ("--task reviews,revues", "unknown task revues"), ("--lr 1,1", "occur twice"), ("--batch-size 7,8", "7")])
 def test_bad_input_is_one_line(argv, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     try:
@@ -158,7 +159,7 @@ def test_runs_are_grouped_by_their_options_and_not_by_name(tmp_path):
             for name, kl_coef, threads in [("a-0", 0.1, 1), ("a-1", 0.0, 1), ("b-1", 0.1, 2)]]
     groups = compare.group_by_options(runs)
     assert [[run.path.name for run in group] for group in groups] == [["a-0", "b-1"], ["a-1"]]
-    assert compare.labels(groups) == ["TRPO, kl_coef 0.1", "TRPO, kl_coef 0.0"]
+    assert compare.labels(groups) == ["TRPO, kl_coef 0.1", "TRPO, kl_coef 0"]
     twice = compare.read_run(make_run(tmp_path / "c-0", [0, 1], 1, kl_coef=0.1))
     with pytest.raises(BadInput, match="a-0 and .*c-0 have the same options and seed"):
         compare.group_by_options([*runs, twice])

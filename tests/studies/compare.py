@@ -74,15 +74,15 @@ def read_run(path):
         with open(path / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
-        run = Run(path, config, result, columns)
-        if not ({"metric", "after", "seconds"} <= {*result} and {"reward", "kl", "length"} <= {*columns}):
-            raise ValueError("the files are of another program")
-        if not {"task", "algo", "advantage", "seed", "batch_size"} <= {*config}:
-            raise ValueError("config.json lacks options")
-        return run
-    except (OSError, ValueError, TypeError, LookupError) as e:
-        raise BadInput(f"{path} is not a finished run ({type(e).__name__}): give directories such as "
-                       "runs/NAME")
+    except OSError as e:
+        raise BadInput(f"{path} is not a finished run, because it has no {Path(e.filename).name}: give "
+                       "directories such as runs/NAME")
+    except (ValueError, TypeError, LookupError):
+        raise BadInput(f"the files of {path} are damaged: give the directory of another run")
+    if not ({"metric", "after", "seconds"} <= {*result} and {"reward", "kl", "length"} <= {*columns}
+            and {"task", "algo", "advantage", "seed", "batch_size"} <= {*config}):
+        raise BadInput(f"{path} is a run of another program: give a run of train.py")
+    return Run(path, config, result, columns)
 
 
 def group_by_options(runs):
@@ -108,7 +108,10 @@ def labels(groups):
             parts = [READABLE.get(options["algo"], options["algo"])]
             if "advantage" in names:
                 parts[0] += f" + {READABLE.get(options['advantage'], options['advantage'])}"
-            parts += [f"{name} {options.get(name)}" for name in names if name != "advantage"]
+            for name in names:
+                value = options.get(name)
+                if name != "advantage":
+                    parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
             found.append(", ".join(parts))
         return found
 
@@ -161,7 +164,7 @@ def mean_curve(group, column="reward"):
 
 
 def common_goal(groups):
-    """90% of the way from the first reward to the best: the goal is common to all groups.
+    """90% of the way from the first reward to the best, which is common to all groups; nan if none improves.
 
     The first reward is the mean of the groups' first ones, before any update. The best is the highest mean of
     five iterations of any group's mean curve. Measured by its own best, a group that learns little would seem
@@ -170,7 +173,7 @@ def common_goal(groups):
     curves = [mean_curve(group) for group in groups]
     first = fmean(curve[0] for curve in curves)
     best = max(max(smooth(curve).values()) for curve in curves)
-    return first + 0.9 * (best - first)
+    return first + 0.9 * (best - first) if best > first else math.nan
 
 
 def numbers(run, goal):
@@ -261,6 +264,25 @@ def csv_lines(task, rows):
                 yield [task, row[""], title, *(f"{x:.6g}" for x in value)]
 
 
+# What needs an explanation below a table, for the titles that it has.
+EXPLANATIONS = {
+    "reward": "Reward to length: completions of held-out prompts after RL.",
+    "KL": "KL and entropy: nats per token.",
+    "episodes to 90%": "Episodes to 90%: until the mean reward of five iterations is 90% of the way from the "
+                       "first to the best of all rows.",
+    "KL of an update": "KL of an update and all columns after it: means over the iterations."}
+
+
+def caption(rows):
+    """The sentences below a table."""
+    sentences = ["Mean ± half of the 95% interval (Student's t) over seeds of RL from the same pretrained "
+                 "weights."]
+    sentences += [sentence for title, sentence in EXPLANATIONS.items() if title in rows[0]]
+    if any(isinstance(value, tuple) and value[2] < value[3] for row in rows for value in row.values()):
+        sentences.append("(1 of 2): only one of two runs has that number.")
+    return " ".join(sentences) + "\n"
+
+
 def compare(runs, path):
     """Print and write the comparison of Runs as PATH.md, PATH.csv, PATH.png and PATH.pdf. Raises BadInput."""
     tasks = {}
@@ -274,12 +296,7 @@ def compare(runs, path):
         name = Path(task).stem
         groups = group_by_options(of_task)
         rows = table(groups)
-        text += [f"## {name}\n", markdown(rows),
-                 "Mean ± half of the 95% interval (Student's t) over seeds of RL from the same pretrained "
-                 "weights. Reward to length: of completions of held-out prompts after RL. Episodes to 90%: "
-                 "until the mean reward of five iterations is 90% of the way from the first to the best of "
-                 "all rows. KL of an update to clip fraction: means over iterations. KL and entropy: nats "
-                 "per token.\n"]
+        text += [f"## {name}\n", markdown(rows), caption(rows)]
         sheet.writerows(csv_lines(name, rows))
         paired = differences(groups)
         if paired:
@@ -291,9 +308,9 @@ def compare(runs, path):
         if drawn:
             text.append(f"![{name}]({Path(picture).name}.png)\n")
     whole = "\n".join(text)
-    print(f"\n{whole}")
     write_atomically(Path(f"{path}.md"), lambda out: out.write(whole.encode()))
     write_atomically(Path(f"{path}.csv"), lambda out: out.write(file.getvalue().encode()))
+    print(f"\n{whole}")
     pictures = "and pictures" if drawn else "no pictures, which need matplotlib: pip install matplotlib"
     print(f"{path}.md, {path}.csv, {pictures}")
 
@@ -305,7 +322,8 @@ COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D
 def plot(groups, path, task):
     """Draw reward against episodes and against KL as PATH.png and PATH.pdf. Returns False without matplotlib.
 
-    True rewards, if all runs have them, are drawn too, dashed, and the KL is then √KL of a whole text.
+    True rewards, if all runs have them, are drawn too, dashed, and the KL is then √KL of a whole text. The
+    means set the range of the axes, because the interval of two seeds would dwarf them.
     """
     try:
         from matplotlib.figure import Figure
@@ -314,6 +332,7 @@ def plot(groups, path, task):
     learned = all("true_reward" in run.columns for group in groups for run in group)
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     learning, frontier = figure.subplots(1, 2, sharey=True)
+    bands = []
     for label, group, colour in zip(labels(groups), groups, itertools.cycle(COLOURS)):
         episodes = min((run.episodes() for run in group), key=len)
         reward, half = zip(*(interval(values) for values in zip(*(run.columns["reward"] for run in group))))
@@ -322,15 +341,24 @@ def plot(groups, path, task):
         else:
             distance = mean_curve(group, "kl")
         learning.plot(episodes, reward, color=colour, label=label)
-        learning.fill_between(episodes, [m - h for m, h in zip(reward, half)],
-                              [m + h for m, h in zip(reward, half)], color=colour, alpha=0.2)
+        bands.append((episodes, [m - h for m, h in zip(reward, half)],
+                      [m + h for m, h in zip(reward, half)], colour))
         frontier.plot(distance, reward, ".-", color=colour, label=label)
         if learned:
             true = mean_curve(group, "true_reward")
             learning.plot(episodes, true, "--", color=colour, label=f"{label}, true reward")
             frontier.plot(distance, true, "--", color=colour)
+    limits = learning.get_ylim()
+    for episodes, low, high, colour in bands:
+        learning.fill_between(episodes, low, high, color=colour, alpha=0.2)
+    learning.set_ylim(limits)
+    seeds = sorted({len(group) for group in groups})
+    title = f"{task}: mean of {' to '.join(map(str, seeds[:1] + seeds[1:][-1:]))} runs per curve"
+    if seeds[-1] > 1:
+        title += ", shaded: its 95% interval"
+    figure.suptitle(title, fontsize=11)
     learning.set_xlabel("episodes", fontsize=11)
-    learning.set_ylabel(f"mean reward of an iteration ({task})", fontsize=11)
+    learning.set_ylabel("mean reward of an iteration", fontsize=11)
     kl = "√KL(π‖π_ref) of a whole text, √nats" if learned else "KL(π‖π_ref), nats per token"
     frontier.set_xlabel(kl, fontsize=11)
     frontier.locator_params(axis="x", nbins=6)  # more would overlap
@@ -396,11 +424,14 @@ def plan(options, seeds):
     options: {name: its values, separated by commas; True for a flag}.
     """
     choices = {name: [value] if value is True else value.split(",") for name, value in options.items()}
-    swept = [name for name in choices if len(choices[name]) > 1 and name not in ("task", "algo", "advantage")]
+    in_name = ("task", "algo", "advantage", "seed")
+    swept = [name for name in choices if len(choices[name]) > 1 and name not in in_name]
     planned = []
     for chosen in itertools.product(*choices.values()):
         argv = arguments(dict(zip(choices, chosen)))
         first, _ = train.parse(argv)  # once, because it loads the weights of --init
+        if first.task not in train.TASKS and not Path(first.task).is_file():
+            raise BadInput(f"unknown task {first.task}: choose {', '.join(train.TASKS)} or a Python file")
         extra = "".join(f"-{name}{getattr(first, name)}" for name in swept)
         name = first.name.removesuffix(f"-{first.seed}") + extra
         for seed in range(first.seed, first.seed + seeds):
@@ -425,7 +456,6 @@ def train_all(planned, script, jobs):
     The first run of each pretraining goes ahead alone until its weights are there for the others.
     """
     waiting = [run for run in planned if run.state != "finished"]
-    total = len(waiting)
     running = {}  # {process: (run, its start)}
     failed = {}
     shown = None
@@ -441,7 +471,8 @@ def train_all(planned, script, jobs):
                 if process.returncode:
                     failed[run.path] = process.returncode
                     print(f"\nerror: {run.path} is left out: {last_line(run)}", file=sys.stderr)
-            shown = show_progress(total, waiting, [run for run, _ in running.values()], shown)
+            n_finished = len(planned) - len(waiting) - len(running)
+            shown = show_progress(f"{n_finished} of {len(planned)} runs finished", running.values(), shown)
             time.sleep(0.2)
     finally:
         for process in running:
@@ -449,11 +480,10 @@ def train_all(planned, script, jobs):
     return failed
 
 
-def show_progress(total, waiting, running, shown):
-    """Keep one line up to date on a terminal; elsewhere print a line whenever a run has ended. Returns it."""
-    line = f"{total - len(waiting) - len(running)} of {total} runs trained"
+def show_progress(line, running, shown):
+    """Keep one line up to date on a terminal; elsewhere print it whenever it has changed. Returns it."""
     if sys.stdout.isatty():
-        doing = ", ".join(f"{run.path.name}: {last_line(run)[:24].strip()}" for run in running)
+        doing = ", ".join(f"{run.path.name}: {last_line(run)[:24].strip()}" for run, _ in running)
         print(f"\r{f'{line}. {doing}':110.110}", end="", flush=True)
     elif line != shown:
         print(line, flush=True)
@@ -502,8 +532,11 @@ def parse(argv):
         parser.add_argument(train.flag(f.name), action=action, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     options = {f.name: getattr(args, f.name) for f in trained if getattr(args, f.name) is not None}
-    if args.seeds < 1 or args.jobs < 1 or Path(args.name).name != args.name:
-        parser.error("--seeds and --jobs must be at least 1, and --name must not contain a slash")
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if Path(args.name).name != args.name:
+        parser.error(f"--name {args.name} must not contain a slash: use --out to choose the directory")
     if args.runs and {*options} - {"out"}:
         parser.error(f"with RUN nothing is trained: leave out {train.flag([*options][0])}")
     return args, options
@@ -528,7 +561,7 @@ def main(argv=None):
         print("\ninterrupted: to go on, give the same command again, without --overwrite", file=sys.stderr)
         return 130
     if failed:
-        print(f"error: {len(failed)} runs failed and are not in the table", file=sys.stderr)
+        print(f"error: {len(failed)} of {len(planned)} runs failed and are not in the table", file=sys.stderr)
         return max(failed.values())
 
 
