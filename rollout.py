@@ -231,8 +231,8 @@ def print_logprobs(episode, reference, tokenizer, temperature):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Sample from a trained policy.", allow_abbrev=False,
-                                     usage="python rollout.py RUN [--OPTION VALUE …]")
+    parser = argparse.ArgumentParser(description="Sample from a trained policy: python rollout.py runs/NAME",
+                                     allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.add_argument("run", help="a run's directory, such as runs/NAME, or a checkpoint")
     parser.add_argument("--prompt", help="text to complete, without a space at its end "
                                          "(default: each line of standard input)")

@@ -735,7 +735,7 @@ def flag(name):
 def make_parser():
     """The command line, made from Config. An option that is not given is absent from what it parses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EPILOG, allow_abbrev=False,
-                                     usage="python train.py [--OPTION VALUE …]",
+                                     usage=argparse.SUPPRESS,  # a wrong option gets one line
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group()

@@ -180,7 +180,8 @@ def export_gpt2(policy, tokenizer, directory):
 
 def main(argv=None):
     """The exit status: 2, after a line `error: …`, for input that cannot be used; nothing is written then."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("command", choices=("import", "export"))
     parser.add_argument("source", help="what to import, or the run to export")
     parser.add_argument("directory", metavar="DIR", help="where to write it: a new directory")

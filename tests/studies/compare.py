@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import train
 from model import BadInput, write_atomically
+from reward import load_task
 
 EXAMPLES = """\
 examples
@@ -430,13 +431,13 @@ def plan(options, seeds):
     for chosen in itertools.product(*choices.values()):
         argv = arguments(dict(zip(choices, chosen)))
         first, _ = train.parse(argv)  # once, because it loads the weights of --init
-        if first.task not in train.TASKS and not Path(first.task).is_file():
-            raise BadInput(f"unknown task {first.task}: choose {', '.join(train.TASKS)} or a Python file")
         extra = "".join(f"-{name}{getattr(first, name)}" for name in swept)
         name = first.name.removesuffix(f"-{first.seed}") + extra
         for seed in range(first.seed, first.seed + seeds):
             config = replace(first, seed=seed, name=f"{name}-{seed}", threads=first.threads or 1)
             planned.append(Planned([*argv, "--seed", str(seed)], config, state_of(config)))
+    for task, pretrain_seed in {(run.config.task, run.config.pretrain_seed) for run in planned}:
+        load_task(task, pretrain_seed)  # a fault in the last task is found before the first is trained
     if len({run.path for run in planned}) < len(planned):
         raise BadInput("two of these runs would have the same name: leave out values that occur twice")
     return planned
@@ -511,7 +512,7 @@ def last_line(run):
 def parse(argv):
     """(args of this program, {name: value} of the options for the training script). Runs the --script."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-                                     usage="python tests/studies/compare.py [RUN …] [--OPTION VALUE,VALUE …]",
+                                     usage=argparse.SUPPRESS,  # a wrong option gets one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN",
                         help="compare these finished runs, and train nothing")
