@@ -21,7 +21,7 @@ from statistics import fmean
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from advantage import all_sum, masked_mean, mean_and_variance, processes
+from advantage import all_sum, masked_mean, mean_and_variance, processes, without_rounding
 
 
 @dataclass
@@ -178,8 +178,8 @@ def action_log_probs(logp, actions):
 
 
 def entropy(logp):
-    """H(π(·|s)) (B, T) in nats, from log π(·|s) (B, T, A)."""
-    return -(logp.exp() * logp).sum(-1)
+    """H(π(·|s)) (B, T) in nats, from log π(·|s) (B, T, A), where 0·log 0 is 0."""
+    return -(logp.exp() * finite(logp)).sum(-1)
 
 
 def kl_divergence(logp, logq):
@@ -188,7 +188,12 @@ def kl_divergence(logp, logq):
     For logging and for the trust region. Do not use it in a loss: the clamp, which removes negative rounding
     errors, also blocks the gradient.
     """
-    return (logp.exp() * (logp - logq)).sum(-1).clamp(min=0)
+    return (logp.exp() * (finite(logp) - finite(logq))).sum(-1).clamp(min=0)
+
+
+def finite(logp):
+    """logp with the lowest finite number in place of -inf, which a policy gives to a forbidden action."""
+    return logp.clamp(min=torch.finfo(logp.dtype).min)
 
 
 def mean_kl(old, policy, batch, config):
@@ -260,11 +265,12 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
     (`Critic.rescale_output` achieves the same for the weights of the head.)
     """
     _, variance = mean_and_variance(batch.returns, batch.mask)
-    variance = variance.clamp(min=1e-8)
+    variance = variance.where(variance > 0, torch.ones_like(variance))  # if all returns are equal
     unexplained = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance
 
     def loss(part):
-        return (critic(part.obs) - part.returns) ** 2 / variance
+        values = critic(part.obs)
+        return without_rounding(values - part.returns, values, part.returns) ** 2 / variance
 
     losses = []
     for minibatch in minibatches(batch, config.critic_epochs, config.minibatches, generator):

@@ -234,9 +234,10 @@ class Critic(nn.Module):
 
 # How a text is split into words: contractions; letters, digits or signs with the space before them; white
 # space. BPE merges bytes within a word only. In our pattern a Chinese character is a word, so a prompt that
-# ends after one has the same tokens as within a longer text.
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-OUR_SPLIT = r"'(?:[sdmt]|ll|ve|re)|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# ends after one has the same tokens as within a longer text. [^\P{L}\p{Han}] is a letter but no Han, and 999
+# bounds what tiktoken keeps on its stack.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,999}(?!\S)|\s+"
+OUR_SPLIT = r"\p{Han}|'(?:[sdmt]|ll|ve|re)| ?[^\P{L}\p{Han}]+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,999}(?!\S)|\s+"
 SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
 
 
@@ -246,7 +247,7 @@ def learn_merges(texts, max_merges):
     Returns the tokens, as bytes, in the order of their merges: at most max_merges, fewer if no pair is left.
     Sennrich et al. 2016, algorithm 1, with the counts of the pairs kept up to date.
     """
-    words = Counter(word for text in texts for word in regex.findall(OUR_SPLIT, text))
+    words = Counter(word for text in texts for word in split_words(text))
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in words}
     counts = Counter()  # how often each pair of neighbours occurs
     found_in = defaultdict(set)  # in which words
@@ -264,19 +265,31 @@ def learn_merges(texts, max_merges):
         tokens.append(pair[0] + pair[1])
         for word in found_in[pair].copy():
             count(word, -1)
-            merge(pieces[word], pair)
+            pieces[word] = merge(pieces[word], pair)
             count(word, 1)
         del counts[pair], found_in[pair]
     return tokens
 
 
+def split_words(text):
+    """The words of a text, within which BPE merges bytes: it has at least as many tokens."""
+    return regex.findall(OUR_SPLIT, replace_surrogates(text))
+
+
+def replace_surrogates(text):
+    """The text with U+FFFD in place of a lone surrogate, which no UTF-8 can hold. tiktoken does the same."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def merge(piece, pair):
-    """Join each occurrence of the pair of neighbours in a list of tokens, in place."""
-    i = 0
-    while i < len(piece) - 1:
-        if (piece[i], piece[i + 1]) == pair:
-            piece[i:i + 2] = [pair[0] + pair[1]]
-        i += 1
+    """The list of tokens, with each occurrence of the pair of neighbours joined."""
+    merged = []
+    for token in piece:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
 
 
 class Tokenizer:
@@ -321,7 +334,7 @@ class Tokenizer:
     def gpt2(cls):
         """GPT-2's vocabulary, which tiktoken downloads at its first use. Raises BadInput."""
         try:
-            return cls(tiktoken.get_encoding("gpt2"))
+            return cls.from_state(cls(tiktoken.get_encoding("gpt2")).state())  # with our pattern
         except Exception as e:  # whatever the network or the cache can raise
             raise BadInput(f"cannot load GPT-2's vocabulary ({type(e).__name__}): let tiktoken download it "
                            "where there is a network, and set TIKTOKEN_CACHE_DIR to its folder")
@@ -381,8 +394,8 @@ def load_checkpoint(path, device="cpu"):
     `save_checkpoint`. The reference is a copy of the policy if none was saved. Nothing in the file is
     executed. Raises BadInput if the file is missing, damaged or inconsistent.
     """
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
+    path = Path(path) / "checkpoint.pt" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(path):  # unlike Path.is_file, it also takes a name that is too long
         raise BadInput(f"there is no checkpoint {path}: give a run's directory, such as runs/NAME")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -11,19 +11,22 @@ This file leaves out rewards from a server, because a reward is any Python funct
 import copy
 import itertools
 import math
+import os
 import random
 import re
 import runpy
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from advantage import all_sum, batch_mean, processes
+from advantage import all_sum, batch_mean, processes, without_rounding
 from algos import Batch, check_finite, map_micro_batches, mean_gradient, minibatches
 from model import BadInput, Critic
 from rollout import Text, check_fit, complete
@@ -75,6 +78,9 @@ def contains(word):
 
 def length(target):
     """A reward of 1.0 for completions of `target` words; it falls linearly to 0 at none and at 2 target."""
+    if target <= 0:
+        raise BadInput(f"length({target}): the number of words must be at least 1")
+
     def near(prompt, completion):
         return max(0.0, 1 - abs(len(words(completion)) - target) / target)
     return near
@@ -95,11 +101,11 @@ def load_task(name, seed):
     """
     if name in TASKS:
         return TASKS[name](seed)
-    path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):
         raise BadInput(f"unknown task {name}: choose {', '.join(TASKS)} or a Python file")
-    sys.path.append(str(path.resolve().parent))  # the file may import its neighbours
-    fields = runpy.run_path(str(path))
+    sys.path.append(str(Path(name).resolve().parent))  # the file may import its neighbours
+    with torch.enable_grad():  # afterwards gradients are enabled again, whatever the file did
+        fields = runpy.run_path(name)
     preferences = fields.get("preferences")
     reward = fields.get("reward")
     needed = ["prompts", "heldout"] if preferences is not None else ["prompts", "heldout", "reward"]
@@ -145,7 +151,8 @@ def check_comparisons(name, comparisons):
 def call(function, prompt, completion):
     """function(prompt, completion). If it fails, a note with both is added to its own traceback."""
     try:
-        return function(prompt, completion)
+        with torch.enable_grad():  # afterwards gradients are enabled again, or not, as before
+            return function(prompt, completion)
     except Exception as e:
         note = f"it came with the prompt {prompt!r:.500} and the completion {completion!r:.500}"
         if sys.version_info >= (3, 11):
@@ -159,14 +166,16 @@ def score(function, prompts, completions):
     """The numbers that a reward or metric returns for B completions, as B floats.
 
     Raises BadInput if it returns something other than a number, FloatingPointError if a number is not finite
-    or exceeds float32.
+    or exceeds 1e15.
     """
     name = getattr(function, "__name__", "the reward")
     numbers = []
     if getattr(function, "batched", False):
-        values = list(call(function, list(prompts), list(completions)))
-        if len(values) != len(completions):
-            raise BadInput(f"{name} returned {len(values)} numbers for {len(completions)} completions")
+        values = call(function, list(prompts), list(completions))
+        values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
+        if not isinstance(values, (list, tuple)) or len(values) != len(completions):
+            raise BadInput(f"{name} is marked @batched and returned {values!r:.200} for {len(completions)} "
+                           f"completions: return a list of {len(completions)} numbers")
     else:
         values = [call(function, *pair) for pair in zip(prompts, completions)]
     for value, prompt, completion in zip(values, prompts, completions):
@@ -175,8 +184,9 @@ def score(function, prompts, completions):
             numbers.append(float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise BadInput(f"{returned}: it must return a number, or for lists be marked @batched")
-        if not abs(numbers[-1]) < 1e38:
-            raise FloatingPointError(f"{returned}: it must return a finite number")
+        if not abs(numbers[-1]) <= 1e15:  # or the squares that a variance adds up would overflow
+            raise FloatingPointError(f"{returned}: it must return a finite number of at most 1e15, so divide "
+                                     "all rewards by a constant")
     return numbers
 
 
@@ -250,7 +260,7 @@ def choose_comparisons(task, tokenizer, config, block_size):
     """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
     count = min(config.comparisons, len(task.preferences))
     comparisons = random.Random(config.seed).sample(task.preferences, count)
-    check_fit({prompt for prompt, *_ in comparisons}, tokenizer, 1, block_size)
+    check_fit({prompt for prompt, *_ in comparisons}, tokenizer.encode, 1, block_size)
     for prompt, better, worse in comparisons:
         longer = max(len(tokenizer.encode(better)), len(tokenizer.encode(worse)))
         n = len(tokenizer.encode(prompt)) + longer + 1  # and the end of text
@@ -261,9 +271,18 @@ def choose_comparisons(task, tokenizer, config, block_size):
 
 
 def hold_out(comparisons, prompts, seed):
-    """(the comparisons of nine tenths of the prompts, those of the other prompts), at random."""
-    prompts = sorted({*prompts})
-    others = {*random.Random(seed).sample(prompts, math.ceil(len(prompts) / 10))}
+    """(comparisons to learn from, about a tenth to test with, which are all of some prompts), at random.
+
+    prompts: one for each comparison, or one for each prompt if all occur about equally often.
+    """
+    counts = Counter(prompts)
+    others = set()
+    n = 0
+    for prompt in random.Random(seed).sample(sorted(counts), len(counts)):
+        if n < len(prompts) / 10 and n + counts[prompt] <= len(prompts) / 5:
+            others.add(prompt)
+            n += counts[prompt]
+    others = others or {min(sorted(counts), key=counts.get)}  # each prompt has more than a fifth
     return ([comparison for comparison in comparisons if comparison[0] not in others],
             [comparison for comparison in comparisons if comparison[0] in others])
 
@@ -308,7 +327,8 @@ def standardize(model, rewards):
     """
     rewards = torch.tensor(rewards, device=model.mean.device)
     mean = batch_mean(rewards)
-    std = batch_mean((rewards - mean) ** 2).sqrt().clamp(min=1e-8)
+    std = batch_mean(without_rounding(rewards - mean, rewards, mean) ** 2).sqrt()
+    std = std.where(std > 0, torch.ones_like(std))  # if all rewards are equal
     model.mean.copy_((model.mean - mean) / std)
     model.std.copy_(model.std / std)
 
@@ -328,7 +348,7 @@ def learn_reward(task, policy, tokenizer, config, generators):
     annotated = callable(task.preferences)
 
     # The policy writes two completions of each prompt, for the annotator or for the scale of the rewards.
-    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, block_size)
+    check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens, block_size)
     n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for the scale
     purpose = "to be compared" if annotated else "for the scale of the rewards"
     print(f"reward model: two completions of {n * count} prompts, {purpose}", flush=True)
@@ -351,6 +371,8 @@ def learn_reward(task, policy, tokenizer, config, generators):
         raise BadInput("too few comparisons to hold some out for testing: add comparisons for more prompts")
     share = f" in each of {count} processes" if count > 1 else ""
     print(f"reward model: {len(learned)} comparisons to learn from and {len(held_out)} held out{share}")
+    if len(held_out) < 20:
+        print("warning: an accuracy on so few comparisons says little: add comparisons for more prompts")
 
     # Train the model, and give its rewards their scale.
     model = Critic(policy.config, policy).to(device)

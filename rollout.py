@@ -8,14 +8,16 @@ train another distribution than the one that is sampled.
 """
 
 import argparse
+import bisect
 import math
 import signal
 import sys
+from string import ascii_letters
 
 import torch
 
 from algos import Batch, action_log_probs, entropy, kl_divergence, log_probs, map_micro_batches
-from model import BadInput, load_checkpoint
+from model import BadInput, load_checkpoint, replace_surrogates
 
 
 def draw(logp, uniforms):
@@ -202,19 +204,56 @@ def complete(policy, reference, prompts, tokenizer, config, temperature, generat
     return texts, torch.cat(kl), torch.cat(H)
 
 
-def check_fit(prompts, tokenizer, max_new_tokens, block_size):
-    """Raises BadInput that names the first prompt (a text) which cannot be completed in the context."""
+def check_fit(prompts, encode, max_new_tokens, block_size):
+    """Raises BadInput that names the first prompt (a text) which cannot be completed in the context.
+
+    encode: text -> its tokens, or its words if there are no tokens yet, which are at most as many.
+    """
     for prompt in prompts:
-        n = len(tokenizer.encode(prompt))
+        n = len(encode(prompt))
         if n == 0:
             raise BadInput("a prompt is empty: give it at least one character")
-        if prompt.endswith(" "):
-            raise BadInput(f"the prompt {str(prompt)!r} ends with a space: remove it (tokens include the "
-                           "space before a word)")
         if n + max_new_tokens > block_size:
-            raise BadInput(f"the prompt {str(prompt)!r} has {n} tokens; {max_new_tokens} more exceed the "
-                           f"context of {block_size}: use a shorter prompt, a smaller --max-new-tokens or a "
-                           "larger --block-size")
+            raise BadInput(f"the prompt {str(prompt)!r:.200} has {n} tokens; {max_new_tokens} more exceed "
+                           f"the context of {block_size}: use a shorter prompt, a smaller --max-new-tokens, or "
+                           "a model with a larger --block-size")
+
+
+def check_boundaries(prompts, corpus, tokenizer):
+    """Check that the tokens of each prompt are the first tokens of the texts that begin with it.
+
+    They are not if the prompt ends within a token. The policy would then go on from tokens that it never saw.
+    Up to ten texts of the corpus are compared for each prompt. If there is none for any prompt, none may end
+    with white space that would be a part of the next word's token.
+    Raises BadInput if nearly all texts of a prompt differ, and prints a warning if some do.
+    """
+    def differs(text, prompt):
+        tokens = tokenizer.encode(prompt)
+        return tokenizer.encode(text[:len(prompt) + 100])[:len(tokens)] != tokens
+
+    texts = sorted({*corpus})
+    compared = 0
+    differing = []
+    for prompt in prompts:
+        start = bisect.bisect_left(texts, prompt)
+        stop = bisect.bisect_left(texts, prompt + chr(sys.maxunicode))
+        some = texts[start:stop:(stop - start) // 10 + 1]
+        found = [text for text in some if differs(text, prompt)]
+        if len(found) > 0.9 * len(some):
+            raise BadInput(f"the prompt {str(prompt)!r:.200} ends within a token of {found[0]!r:.300}: let "
+                           "it end with a token, for example before the white space")
+        compared += len(some)
+        differing += found
+    if differing:
+        print(f"warning: {len(differing)} of {compared} texts that begin with a prompt do not begin with "
+              f"its tokens, for example {differing[0]!r:.300}: a prompt should end with a token")
+    if not compared:
+        for prompt in prompts:
+            if prompt[-1:].isspace() and any(differs(prompt + letter, prompt) for letter in ascii_letters):
+                raise BadInput(f"the prompt {str(prompt)!r:.200} ends with white space, which is a part of "
+                               "the next word's token: remove it")
+        if corpus:
+            print("warning: no text of the corpus begins with a prompt: the policy may not know how to go on")
 
 
 # The command line.
@@ -261,13 +300,18 @@ def main(argv=None):
     try:
         policy, reference, tokenizer, more = load_checkpoint(args.run)
         temperature = 0 if args.greedy else args.temperature or more.get("config", {}).get("temperature", 1.0)
+        if not 0 <= temperature < math.inf:
+            raise BadInput(f"{args.run} was trained at a temperature of {temperature}: give --temperature")
         generator = torch.Generator().manual_seed(args.seed)
         lines = filter(None, map(str.rstrip, sys.stdin))
         for prompt in lines if args.prompt is None else [args.prompt]:
+            if prompt != replace_surrogates(prompt):
+                raise BadInput(f"the prompt {prompt!r} is not UTF-8: set PYTHONUTF8=1, or pipe it in")
             tokens = tokenizer.encode(prompt)
             block_size = policy.config.block_size
             room = args.max_new_tokens or max(1, block_size - len(tokens))
-            check_fit([prompt], tokenizer, room, block_size)
+            check_fit([prompt], tokenizer.encode, room, block_size)
+            check_boundaries([prompt], [], tokenizer)
             batch = sample(policy, [tokens] * n, room, tokenizer.eos_token, temperature, generator,
                            args.top_k, args.top_p)
             for row, completion in enumerate(completion_texts(batch, tokenizer)):

@@ -11,12 +11,14 @@ help; and logging services, because metrics.csv is enough.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
@@ -63,10 +66,11 @@ from model import (
     Tokenizer,
     load_checkpoint,
     save_checkpoint,
+    split_words,
     write_atomically,
 )
 from reward import TASKS, Task, distinct_n, learn_reward, load_task, score, use_reward_model
-from rollout import check_fit, complete, run_episodes
+from rollout import check_boundaries, check_fit, complete, run_episodes
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
@@ -159,13 +163,23 @@ DEFAULTS = {
 # An iteration's episodes.
 
 def random_generators(seed, iteration, device):
-    """This process's generators of an iteration, {purpose: generator}, which depend on nothing else."""
-    generators = {}
-    for purpose in ("prompts", "sample", "update"):
-        generator = torch.Generator(device if purpose == "sample" else "cpu")
-        key = f"{purpose} {seed} {iteration} {processes()[0]}"
-        generators[purpose] = generator.manual_seed(zlib.crc32(key.encode()))  # a CPU generator takes 32 bits
-    return generators
+    """This process's generators of an iteration, {purpose: generator}, which depend on nothing else.
+
+    The global generators, which a custom reward or algorithm may use, are seeded in the same way.
+    """
+    def number(purpose):
+        return zlib.crc32(f"{purpose} {seed} {iteration} {processes()[0]}".encode())  # 32 bits fit a CPU's
+
+    seed_globally(number("global"))
+    return {purpose: torch.Generator(device if purpose == "sample" else "cpu").manual_seed(number(purpose))
+            for purpose in ("prompts", "sample", "update")}
+
+
+def seed_globally(number):
+    """Seed the global generators of Python, numpy and torch. number: 0 to 2³² - 1."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
@@ -232,6 +246,7 @@ def train(config, resume=False):
     for iteration in range(len(run.history) + 1, config.iterations + 1):
         start = time.perf_counter()
         generators = random_generators(config.seed, iteration, run.device)
+        config = copy.copy(run.config)  # a custom algorithm may change it, for this iteration only
         batch, stats = collect(task, policy, reference, critic, run.tokenizer, config, generators)
         old = copy.deepcopy(policy)
         update = ALGOS[config.algo](policy, batch, run.optimizer, config, generators["update"])
@@ -324,12 +339,21 @@ class Run:
         try:
             for name, module in self.modules().items():
                 module.load_state_dict(saved[name])
+                if isinstance(module, torch.optim.Optimizer):
+                    check_shapes(module)
             self.history = list(saved["history"])
             self.evaluations = dict(saved["evaluations"])
             self.pretraining = dict(saved["pretraining"])
         except Exception as e:  # a damaged file can raise nearly anything
             path = self.path / "checkpoint.pt"
             raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
+
+
+def check_shapes(optimizer):
+    """Raises ValueError if Adam's averages do not have the shapes of the weights. torch does not check it."""
+    for p, averages in optimizer.state.items():
+        if any(x.dim() and x.shape != p.shape for x in averages.values()):
+            raise ValueError("the optimizer's state does not fit the weights")
 
 
 def prepare(config, resume):
@@ -339,9 +363,9 @@ def prepare(config, resume):
     """
     device = set_up(config)
     path = Path(config.out) / config.name
-    task = load_task(config.task, config.pretrain_seed)
-    if processes()[0] == 0 and not (resume or config.overwrite) and written_files(path):
-        raise BadInput(f"{path} exists: give another --name, --overwrite to replace it, or --resume {path}")
+    if processes()[0] == 0:
+        claim_run_dir(path, config, replaces=resume or config.overwrite)
+    task = load_seeded_task(config)
 
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(path, device)
@@ -349,10 +373,12 @@ def prepare(config, resume):
         pretraining = None  # restored below
     else:
         policy, tokenizer, pretraining = load_or_pretrain(config, task, device)
+        check_boundaries([*task.prompts, *task.heldout], task.corpus, tokenizer)
         reference = copy.deepcopy(policy)
         generators = random_generators(config.seed, 0, device)  # the iterations of RL count from 1
         reward_model = learn_reward(task, policy, tokenizer, config, generators)
 
+    check_same("vocabularies or weights", [tokenizer.state(), sum_of_weights(policy, reward_model)])
     task = use_reward_model(task, reward_model, tokenizer, config)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     critic = None
@@ -379,6 +405,25 @@ def prepare(config, resume):
     return run, before
 
 
+def load_seeded_task(config):
+    """The task of --task. Raises BadInput, also if it is not the same in all processes."""
+    seed_globally(config.pretrain_seed)
+    task = load_task(config.task, config.pretrain_seed)
+    comparisons = None if callable(task.preferences) else task.preferences
+    check_same("tasks", [task.corpus, task.prompts, task.heldout, comparisons])
+    return task
+
+
+def check_same(what, value):
+    """Raises BadInput unless this value, plain data, is the same in all processes."""
+    digests = [hashlib.sha256(json.dumps(value).encode()).hexdigest()] * processes()[1]
+    if len(digests) > 1:
+        dist.all_gather_object(digests, digests[0])
+    if len({*digests}) > 1:
+        raise BadInput(f"the processes have different {what}: let them read the same files, sort what comes "
+                       "from a set, and draw from random.Random(0)")
+
+
 # Evaluation.
 
 def evaluate(task, policy, reference, tokenizer, config):
@@ -392,8 +437,10 @@ def evaluate(task, policy, reference, tokenizer, config):
     and distinct_2, the diversity of the completions.
     Raises BadInput for prompts that are too long.
     """
-    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
+    check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens,
+              policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
+    seed_globally(12345)
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
     texts, kl, H = complete(policy, reference, prompts, tokenizer, config, config.temperature, generator)
     greedy, _, _ = complete(policy, reference, task.heldout, tokenizer, config, 0, generator)
@@ -488,6 +535,7 @@ def load_or_pretrain(config, task, device):
         if not config.pretrain_steps:
             return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
     path = Path(config.out) / "pretrained" / f"{pretraining_key(config, task, policy, device)}.pt"
+    check_same("weights, or files of pretrained weights", [path.name, path.exists()])
     if path.exists():
         policy, _, tokenizer, more = load_checkpoint(path, device)
         print(f"pretrained weights from {path}")
@@ -496,12 +544,15 @@ def load_or_pretrain(config, task, device):
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(config.pretrain_seed)
     if policy is None:
-        learns = config.tokenizer == "bpe"
-        tokenizer = Tokenizer.learn(task.corpus, config.vocab_size) if learns else Tokenizer.gpt2()
+        if config.tokenizer == "bpe":
+            check_fit([*task.prompts, *task.heldout], split_words, config.max_new_tokens, config.block_size)
+            tokenizer = Tokenizer.learn(task.corpus, config.vocab_size)
+        else:
+            tokenizer = Tokenizer.gpt2()
         sizes = (config.block_size, config.n_layer, config.n_head, config.n_embd)
         policy = GPT(GPTConfig(tokenizer.vocab_size, *sizes), generator).to(device)
         print(f"a vocabulary of {tokenizer.vocab_size} tokens (--vocab-size {config.vocab_size})")
-    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, config.block_size)
+    check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens, config.block_size)
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
     learned, held_out = hold_out_rows(to_rows(texts, config.block_size), generator, config)
     maximize_likelihood(policy, learned, config, generator)
@@ -638,18 +689,92 @@ def written_files(run):
     return [file for name in names for file in run.glob(name)]
 
 
+def claim_run_dir(run, config, replaces):
+    """Make the directory of a new run, with the config.json that keeps others from using it. Raises BadInput.
+
+    If `replaces`, the directory is there already, and stays as it is.
+    """
+    check_not_running(run)
+    if replaces:
+        return
+    try:
+        if written_files(run):
+            raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        with open(run / "config.json", "x", encoding="utf-8") as file:  # "x": of two processes, one fails
+            json.dump(run_config(config), file)
+    except FileExistsError:
+        raise BadInput(f"{run} exists: give another --name")
+    except OSError as e:
+        raise BadInput(f"cannot write {run}: give another --out or --name ({e.strerror})")
+
+
+def release_run_dir(run):
+    """Undo `claim_run_dir`: if the run has no other file yet, its directory goes."""
+    if process_of(run) != this_process():
+        return
+    if written_files(run):
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        del config["process"]
+        write_json(run / "config.json", config)
+    else:
+        (run / "config.json").unlink()
+        with contextlib.suppress(OSError):  # somebody has put something there
+            run.rmdir()
+
+
 def prepare_run_dir(run, config, resume):
     """Delete what is replaced, the checkpoint first (of a resumed run its result), and write config.json."""
-    for file in written_files(run) if processes()[0] == 0 else []:
-        if not resume or file.name == "result.json":
-            file.unlink()
-    write_json(run / "config.json", asdict(config))
+    if processes()[0] == 0:
+        check_not_running(run)
+        for file in written_files(run):
+            if not resume or file.name == "result.json":
+                file.unlink()
+    write_json(run / "config.json", run_config(config))
+
+
+def run_config(config):
+    """What config.json holds: the options, and the process that trains the run."""
+    return {**asdict(config), "process": this_process()}
+
+
+def this_process():
+    return [os.getpid(), start_of(os.getpid())]
+
+
+def start_of(process):
+    """When a process has started, because numbers are used again. 0 if unknown, None if it is dead."""
+    if os.name == "nt":
+        return 0
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+        state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return None if state == "Z" else int(numbers[18])
+    except ProcessLookupError:
+        return None
+    except OSError:  # another user's process, or a system without /proc
+        return 0
+
+
+def process_of(run):
+    """[process, start] of config.json; None if it names none."""
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))["process"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def check_not_running(run):
+    process = process_of(run)
+    if process and process != this_process() and start_of(process[0]) == process[1]:
+        raise BadInput(f"{run} is being trained by process {process[0]}: wait for it, or give another --name")
 
 
 def provenance(run):
     """What a paper needs to say about a run, as plain data."""
     def digest(path):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
 
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
@@ -783,12 +908,12 @@ def parse(argv):
         if asked.init:
             defaults |= defaults_of_init(asked.init, given, parser)
         config = Config(**defaults | given)
-    check(config, parser)
-    if config.task not in TASKS and Path(config.task).is_file():
+    if config.task not in TASKS and os.path.isfile(config.task):
         config.task = str(Path(config.task).resolve())
     if not config.name:
         estimator = "" if config.advantage == "gae" else f"-{config.advantage}"
         config.name = f"{Path(config.task).stem}-{config.algo}{estimator}-{config.seed}"
+    check(config, parser)
     return config, args
 
 
@@ -799,11 +924,15 @@ def config_of_run(args, given, parser):
         if name not in TAKES[action]:
             parser.error(f"--{action} does not take {flag(name)}")
     run = Path(args.resume or args.eval).resolve()
-    if not (run / "config.json").exists():
+    if not os.path.exists(run / "config.json"):
         parser.error(f"there is no run in {run} (no config.json): use a directory such as runs/NAME")
     try:
         saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        saved.pop("process", None)
         saved |= {"out": str(run.parent), "name": run.name, "overwrite": False}
+        if ({*saved} - {f.name for f in fields(Config)} or saved["algo"] not in ALGOS
+                or saved["advantage"] not in ADVANTAGES):
+            parser.error(f"{run} was made with a custom script: give --{action} to that script")
         config = Config(**saved | given)
         other_task = Path(config.task).name != Path(Config(**saved).task).name
     except (OSError, ValueError, TypeError, RecursionError) as e:
@@ -821,7 +950,7 @@ def defaults_of_init(init, given, parser):
     for name in given:
         if name in INHERITED:
             parser.error(f"{flag(name)} comes with the weights of --init: leave it out")
-    if not Path(init).is_file() and not (Path(init) / "checkpoint.pt").exists():
+    if not os.path.isfile(init) and not os.path.exists(Path(init) / "checkpoint.pt"):
         parser.error(f"--init takes a run or a checkpoint, which {init} is not. A GPT-2 becomes one with "
                      f"python tests/examples/gpt2.py import {init} runs/gpt2")
     try:
@@ -885,7 +1014,7 @@ def set_up(config):
 def evaluate_again(config):
     """--eval: evaluate a run, and print its first samples and its figures."""
     policy, reference, tokenizer, more = load_checkpoint(Path(config.out) / config.name, set_up(config))
-    task = load_task(config.task, config.pretrain_seed)
+    task = load_seeded_task(config)
     task = use_reward_model(task, more.get("reward_model"), tokenizer, config)
     figures, samples = evaluate(task, policy, reference, tokenizer, config)
     print(*(sample["prompt"] + sample["completion"] for sample in samples[:6]), sep="\n")
@@ -917,6 +1046,8 @@ def main(argv=None):
                 advice += f" --task {config.task}"
         print(f"\ninterrupted: to go on, {advice}", file=sys.stderr)
         return 130
+    finally:
+        release_run_dir(run)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ COMMANDS = """
     --eval good --task mine.py --lr 1 => --lr
     --plot good => compare.py ; --seeds 2 => compare.py ; --algo ppo,trpo => compare.py
     --init gpt2 => gpt2.py import gpt2 ; rollout good --export thesis => gpt2.py export good thesis
-    rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere ; rollout good --prompt 'the ' => space
+    rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere
     --resume checkpoint-spy --task mine.py --iterations 3 => checkpoint-spy
     rollout checkpoint-malice => checkpoint.pt ; rollout checkpoint-spy => checkpoint.pt
 """

@@ -103,7 +103,7 @@ def test_published_grpo_is_the_gradient_of_its_objective(monkeypatch):
     deviation = math.sqrt(1 / 3)  # of 1, 0, 0
     expected = torch.zeros(5, 5, dtype=torch.float64)
     for b, t in mask.nonzero().tolist():
-        advantage = 0 if b >= 3 else (scores[b] - 1 / 3) / (deviation + 1e-4)
+        advantage = 0 if b >= 3 else (scores[b] - 1 / 3) / deviation
         slope = advantage - 0.3 * (1 - (ref_logprobs[b, t] - logprobs[b, t]).exp())  # ∂k3 = 1 - π_ref/π
         score = -logits[obs[b, t]].softmax(-1)
         score[actions[b, t]] += 1

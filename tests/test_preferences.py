@@ -223,7 +223,7 @@ def test_preferences_that_do_not_fit_are_refused(policy, tokenizer, one, message
 
 
 def test_prompts_that_leave_no_room_are_refused_before_the_fit(policy, tokenizer):
-    for prompt, heldout, message in ("film" * 9, "x", "context"), ("x", "", "empty"), ("x ", "y", "a space"):
+    for prompt, heldout, message in ("film" * 9, "x", "context"), ("x", "", "empty"):
         task = Task([], [prompt], [heldout], None, None, LISTED)
         with pytest.raises(BadInput, match=message):
             learn_reward(task, policy, tokenizer, config(max_new_tokens=25), generators())
@@ -240,7 +240,7 @@ def test_a_preference_fits_by_the_tokens_that_are_learned_from(tokenizer):
         choose_comparisons(task, tokenizer, config(), n - 1)
 
 
-def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
+def test_a_tenth_of_the_comparisons_is_held_out_by_prompt(policy, tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr("reward.to_batch", lambda part, *args: seen.append(part) or to_batch(part, *args))
     listed = comparisons(300)
@@ -249,7 +249,7 @@ def test_a_tenth_of_the_prompts_is_held_out(policy, tokenizer, monkeypatch):
     fitted, test = seen
     assert sorted(fitted + test) == sorted(listed)
     fitted, test = ({prompt for prompt, *_ in part} for part in seen)
-    assert fitted.isdisjoint(test) and len(test) == 4 and len(fitted) == 32  # of 36
+    assert fitted.isdisjoint(test) and 30 <= len(seen[1]) <= 60
 
 
 def test_of_a_long_list_comparisons_are_chosen_at_random(tokenizer):

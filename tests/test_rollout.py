@@ -220,11 +220,11 @@ def test_prompts_that_cannot_be_completed_are_refused(policy):
     with pytest.raises(ValueError, match="22 tokens exceed the context 20"):
         sample(policy, [[1] * 18], 4, EOS)
     tokenizer = Tokenizer.learn(TEXTS, 257)
-    check_fit(["abc"], tokenizer, 4, 7)
+    check_fit(["abc"], tokenizer.encode, 4, 7)
     with pytest.raises(BadInput, match="'abcd' has 4 tokens; 4 more exceed the context of 7"):
-        check_fit(["abc", "abcd"], tokenizer, 4, 7)
+        check_fit(["abc", "abcd"], tokenizer.encode, 4, 7)
     with pytest.raises(BadInput, match="empty"):
-        check_fit([""], tokenizer, 4, 7)
+        check_fit([""], tokenizer.encode, 4, 7)
 
 
 # Checkpoints.

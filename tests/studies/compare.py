@@ -44,7 +44,8 @@ All other options are those of train.py or of the script, see python train.py --
 """
 
 # Options that do not change what a run computes, or only say where and how it is computed.
-INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "micro_batch", "eval_every", "save_every")
+INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "micro_batch", "eval_every", "save_every",
+              "process")
 WINDOW = 5  # iterations whose mean reward is compared with the goal
 
 
@@ -523,7 +524,7 @@ def parse(argv):
                         help="runs side by side (default 2), of one thread each unless --threads is given")
     parser.add_argument("--name", default="compare", help="name of the output files (default compare)")
     script = parser.parse_known_args(argv)[0].script.resolve()
-    if not script.is_file():
+    if not os.path.isfile(script):
         parser.error(f"there is no script {script}")
     if script != ROOT / "train.py":
         runpy.run_path(str(script), run_name="compare")  # it adds to train.ALGOS and others
