@@ -173,12 +173,15 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
     def compare(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, V)
         ref_logp = log_probs(reference, part.obs, config.temperature)
-        ref_logprobs = action_log_probs(ref_logp, part.actions)  # (b, T)
-        return torch.stack([ref_logprobs, kl_divergence(logp, ref_logp), entropy(logp)], -1)
+        return torch.stack([action_log_probs(logp, part.actions), action_log_probs(ref_logp, part.actions),
+                            kl_divergence(logp, ref_logp), entropy(logp)], -1)  # (b, T, 4)
 
     batch = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
                    tokenizer.eos_token, temperature, generator)
-    batch.ref_logprobs, batch.kl, batch.entropy = map_micro_batches(compare, batch, config).unbind(-1)
+    # The log-probabilities are computed anew. Those of the sampler differ in the last digits, because it
+    # computes with a cache, and equal policies would have a penalty that is nothing but rounding.
+    columns = map_micro_batches(compare, batch, config).unbind(-1)
+    batch.logprobs, batch.ref_logprobs, batch.kl, batch.entropy = columns
 
     length = batch.mask.sum(1)  # (B,)
     ended = (batch.mask & (batch.actions == tokenizer.eos_token)).any(1)
@@ -215,8 +218,8 @@ def check_fit(prompts, encode, max_new_tokens, block_size):
             raise BadInput("a prompt is empty: give it at least one character")
         if n + max_new_tokens > block_size:
             raise BadInput(f"the prompt {str(prompt)!r:.200} has {n} tokens; {max_new_tokens} more exceed "
-                           f"the context of {block_size}: use a shorter prompt, a smaller --max-new-tokens, or "
-                           "a model with a larger --block-size")
+                           f"the context of {block_size}: use a shorter prompt, a smaller --max-new-tokens, "
+                           "or a model with a larger --block-size")
 
 
 def check_boundaries(prompts, corpus, tokenizer):
