@@ -260,7 +260,8 @@ def ppo(policy, batch, optimizer, config, generator=None):
 def fit_critic(critic, batch, optimizer, config, generator=None):
     """Train the critic by least squares on batch.returns, the targets of the estimator. Returns diagnostics.
 
-    With gae the targets are λ-returns, otherwise Monte-Carlo returns. The loss is divided by their variance,
+    With gae the targets are λ-returns (returns, with the critic's guess in place of a part of them),
+    otherwise Monte-Carlo returns. The loss is divided by their variance,
     so the gradient, and the effect of clipping its norm, do not depend on the scale of the reward.
     (`Critic.rescale_output` achieves the same for the weights of the head.)
     """
@@ -285,7 +286,7 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     """Solve A x = b for a symmetric positive definite A of which only the products v -> A v are known.
 
     It minimizes ½xᵀAx - bᵀx along one direction after another. The directions are conjugate (pᵀA p' = 0), so
-    a later step does not undo an earlier one.
+    a later step does not undo an earlier one; the source has the proof.
     matvec: (n,) -> (n,).  b: (n,).  iters: maximum number of products.  tol: stop when |r|² ≤ tol |b|².
     Returns x (n,) and the residual r = b - A x (n,), so xᵀA x = xᵀ(b - r) costs no further product.
     Returns the current x if pᵀA p is not positive, through rounding or because A is not positive definite.
@@ -323,9 +324,9 @@ def fisher_vector_product(policy, batch, config):
     respect to the weights.
 
     A product takes two backward passes.
-    1. J v: a backward pass computes f(u) = Jᵀu for any u (B, T, A). Because f(u)·v = u·(J v) is linear in u,
-       its derivative with respect to u is J v, whatever u is; here u = 0. f(u) is computed once for all
-       products.
+    1. J v. Autograd gives Jᵀu, not J v, but one turns into the other: let f(u) = Jᵀu for u (B, T, A). Then
+       f(u)·v = u·(J v) is linear in u, so its derivative with respect to u is J v, whatever u is; here u = 0.
+       f(u) is computed once for all products.
     2. Jᵀ (diag p - p pᵀ) J v: J v is sent back through the softmax, whose derivative is diag p - p pᵀ.
 
     Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on

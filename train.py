@@ -206,7 +206,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
         returns = discounted_returns(rewards, mask, config.gamma)
         mean, variance = mean_and_variance(returns, mask)
         critic.rescale_output(mean, variance.sqrt())  # this does not train it
-        batch.values = map_micro_batches(lambda part: critic(part.obs), batch, config)
+        batch.values = map_micro_batches(lambda part: critic(part.obs), batch, config)  # without a graph
 
     # advantages, and the critic's targets
     estimator = ADVANTAGES[config.advantage]
