@@ -12,7 +12,6 @@ import bisect
 import math
 import signal
 import sys
-from string import ascii_letters
 
 import torch
 
@@ -251,8 +250,9 @@ def check_boundaries(prompts, corpus, tokenizer):
         print(f"warning: {len(differing)} of {compared} texts that begin with a prompt do not begin with "
               f"its tokens, for example {differing[0]!r:.300}: a prompt should end with a token")
     if not compared:
+        words = [token.decode(errors="ignore").strip() for token in tokenizer.encoding.token_byte_values()]
         for prompt in prompts:
-            if prompt[-1:].isspace() and any(differs(prompt + letter, prompt) for letter in ascii_letters):
+            if prompt[-1:].isspace() and any(differs(prompt + word, prompt) for word in words):
                 raise BadInput(f"the prompt {str(prompt)!r:.200} ends with white space, which is a part of "
                                "the next word's token: remove it")
         if corpus:

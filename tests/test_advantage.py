@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,10 @@ from advantage import (
     group_normalize,
     leave_one_out,
     masked_mean,
+    mean_and_variance,
     token_rewards,
     whiten,
+    without_rounding,
 )
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1],  # actions alone
@@ -153,6 +156,42 @@ def test_whiten_uses_the_actions_alone():
 
 def test_equal_advantages_are_whitened_to_zero():
     assert (whiten(torch.full((2, 3), 7.0), torch.ones(2, 3).bool()) == 0).all()
+
+
+@pytest.mark.parametrize("value", [0.3, 0.95, 1000.1, -7e-6, 1e12])
+def test_equal_numbers_are_zero_whatever_their_rounding(value):
+    for n in (2, 3, 8):
+        scores = torch.full((n,), value)
+        assert group_normalize(scores, n).tolist() == leave_one_out(scores, n).tolist() == [0] * n
+    for shape in ((3, 4), (64, 14)):
+        x, mask = torch.full(shape, value), torch.ones(shape).bool()
+        assert (whiten(x, mask) == 0).all() and mean_and_variance(x, mask)[1] == 0
+        zeros = torch.zeros(shape)
+        rewards = token_rewards(x[:, 0], mask, zeros, zeros, 0.1)
+        values = x * (1 + 2 * torch.finfo(x.dtype).eps * torch.rand(shape))  # right up to rounding
+        assert (gae(rewards, values, mask, 1.0, 0.95)[0] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-4, 1.0, 1e14])
+def test_the_scale_of_scores_and_advantages_changes_nothing(scale):
+    x, mask = numbers(0).float(), MASK
+    torch.testing.assert_close(whiten(x * scale, mask), whiten(x, mask))
+    scores = x[:, 0]
+    torch.testing.assert_close(group_normalize(scores * scale, 3), group_normalize(scores, 3))
+    torch.testing.assert_close(leave_one_out(scores * scale, 3) / scale, leave_one_out(scores, 3))
+
+
+def test_a_difference_beyond_rounding_counts():
+    scores = torch.tensor([1000.0, 1000.0, 1000.1])
+    assert group_normalize(scores, 3).tolist() == pytest.approx([-3 ** -0.5] * 2 + [2 / 3 ** 0.5], rel=3e-3)
+    assert without_rounding(torch.tensor(math.inf), torch.tensor(math.inf)) == math.inf  # never hidden
+    assert without_rounding(torch.tensor(math.nan), torch.tensor(1.0)).isnan()
+
+
+def test_one_failure_among_eight():
+    scores = torch.tensor([0] + [0.95] * 7)
+    assert leave_one_out(scores, 8)[0].item() == pytest.approx(-0.95)
+    assert group_normalize(scores, 8)[0].item() == pytest.approx(-7 / 8 ** 0.5, rel=1e-5)  # -2.475
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others():

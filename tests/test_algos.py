@@ -283,6 +283,30 @@ def test_a_loss_that_is_not_finite_moves_no_weight(policy, update, value):
     assert torch.equal(weights(model), before)
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_forbidden_actions_of_logit_minus_infinity_count_as_probability_zero(policy, update):
+    """The updates, entropy and KL are those of a policy without that action."""
+    class Masked(torch.nn.Module):
+        def __init__(self, low):
+            super().__init__()
+            self.policy, self.low = copy.deepcopy(policy), low
+
+        def forward(self, obs):
+            return self.policy(obs).index_fill(-1, torch.tensor([0]), self.low)
+
+    batch, moved, found = make_batch(policy), [], []
+    batch.actions = batch.actions.clamp(min=1)
+    for low in (-math.inf, -1e4):  # exp(-1e4) is zero, too
+        masked, old = Masked(low), Masked(low)
+        batch.logprobs = action_log_probs(log_probs(old, batch.obs, 1.0), batch.actions).detach()
+        found.append(run(update, masked, batch, sgd(masked)))
+        moved.append(weights(masked))
+        found[-1]["kl"] = mean_kl(old, masked, batch, config())
+        found[-1]["entropy"] = entropy(log_probs(masked, batch.obs, 1.0)).sum().item()
+    assert found[0] == pytest.approx(found[1]) and found[0]["kl"] > 0
+    torch.testing.assert_close(*moved)
+
+
 # Parts.
 
 def test_micro_batches_hold_every_action_once_in_parts_of_like_length(policy):

@@ -1,7 +1,9 @@
 """Input that cannot be used: exit status 2, a last line that names what is wrong, and no file is changed."""
 
+import copy
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -49,6 +51,8 @@ def zoo(tmp_path_factory):
 
     whole = (good / "checkpoint.pt").read_bytes()
     state = torch.load(good / "checkpoint.pt", weights_only=True)
+    misshapen = copy.deepcopy(state["critic_optimizer"])
+    misshapen["state"][0]["exp_avg"] = torch.zeros(3)
     config = json.loads((good / "config.json").read_text())
 
     def edited(**values):
@@ -59,12 +63,14 @@ def zoo(tmp_path_factory):
             "torn": whole[:len(whole) // 2],
             "malice": {**state, "policy": malice}, "spy": {**state, "reward_model": malice},
             "misfit": {**state, "reward_model": {"mean": torch.zeros(())}},
+            "optimizer": {**state, "critic_optimizer": misshapen},
+            "temperature": {**state, "config": {**state["config"], "temperature": math.nan}},
             "short": {key: value for key, value in state.items() if key != "optimizer"}},
         "config.json": {
             "torn": b"{", "list": b"[]", "nested": b"[" * 200_000,
             "unknown": edited(no_such_option=1), "type": edited(lr="fast"), "nan": edited(lr=float("nan")),
             "choice": edited(tokenizer="words"), "range": edited(gamma=7.0),
-            "estimator": edited(advantage="mine")}}
+            "estimator": edited(advantage="mine"), "script": edited(algo="awr")}}
     for file, contents_by_name in damages.items():
         for name, content in contents_by_name.items():
             run = shutil.copytree(good, zoo / f"{file.split('.')[0]}-{name}")
@@ -97,6 +103,10 @@ COMMANDS = """
     --plot good => compare.py ; --seeds 2 => compare.py ; --algo ppo,trpo => compare.py
     --init gpt2 => gpt2.py import gpt2 ; rollout good --export thesis => gpt2.py export good thesis
     rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere
+    rollout checkpoint-temperature --prompt the => --temperature ; rollout good --prompt caf\udce9 => UTF-8
+    --resume config-script => custom script ; --eval config-script => custom script
+    --resume config-unknown => custom script ; --resume config-estimator => custom script
+    --resume checkpoint-optimizer --task mine.py --iterations 3 => checkpoint-optimizer
     --resume checkpoint-spy --task mine.py --iterations 3 => checkpoint-spy
     rollout checkpoint-malice => checkpoint.pt ; rollout checkpoint-spy => checkpoint.pt
 """
@@ -115,7 +125,6 @@ MORE_COMMANDS = """
     --resume checkpoint-short --task mine.py --iterations 3 => checkpoint-short
     --resume config-list => config-list ; --resume config-nested => config-nested
     --resume config-unknown => config-unknown
-    --resume config-estimator --task mine.py --iterations 3 => --advantage
     --resume config-type --task mine.py --iterations 3 => --lr
     --resume config-choice --task mine.py --iterations 3 => --tokenizer
     --resume config-nan --task mine.py --iterations 3 => --lr
@@ -169,6 +178,8 @@ def refused(text, before=""):
 FAST = cases(COMMANDS)
 SLOW = [*cases(MORE_COMMANDS), *refused(VALUES), *refused(SAMPLING_VALUES, "rollout good --prompt the "),
         *((f"--task {name}.py", reason) for name, (_, reason) in TASKS.items())]
+SLOW += [(f"{option} {'x' * 300}", "xxx") for option in
+         ("--task", "--init", "--resume", "--eval", "--out", "--name", "rollout")]
 ALL = [pytest.param(*case, id=case[0]) for case in FAST]
 ALL += [pytest.param(*case, id=case[0], marks=pytest.mark.slow) for case in SLOW]
 

@@ -29,7 +29,7 @@ from algos import (
     reinforce,
     trpo,
 )
-from helpers import ROOT, SMALL, TINY, rows, task_file
+from helpers import ROOT, SMALL, TASK, TINY, rows, task_file
 from model import GPT, Critic, GPTConfig, Tokenizer
 from reward import Task, fit_reward
 
@@ -239,6 +239,16 @@ def test_a_process_that_dies_ends_the_job_and_the_run_can_be_resumed(job):
              "samples-4.jsonl"}
     for run in ("cut", "whole"):
         assert {path.name for path in (folder / run).iterdir()} == files
+
+
+@pytest.mark.parametrize("corpus", ["[str(random.Random().random()) for _ in range(20)]",
+                                    "[*{f'the cat {i}' for i in range(20)}]"])
+def test_processes_that_read_different_tasks_are_refused(tmp_path, corpus):
+    source = TASK + f"import random\ncorpus = {corpus}\n"
+    options = [*TINY, *SMALL, "--out", tmp_path / "runs", "--task", task_file(tmp_path, source)]
+    done = torchrun(ROOT / "train.py", *options)
+    assert done.returncode != 0 and "error: the processes have different tasks: " in done.stderr
+    assert not [*tmp_path.glob("runs/*/*")]
 
 
 def main(folder, *options):

@@ -46,6 +46,15 @@ def test_every_example_trains(example, tmp_path):
     assert math.isfinite(result["after"]["reward"]) and math.isfinite(result["after"]["metric"])
 
 
+def test_story_keeps_the_white_space_of_its_paragraphs(tmp_path, monkeypatch):
+    paragraphs = [f"  the\t{i} men\nwent over the hill to the sea and home" for i in range(30)]
+    (tmp_path / "story.txt").write_text(" \n\n \n".join(paragraphs) + "\n", newline="\r\n")
+    monkeypatch.chdir(tmp_path)
+    task = load_task(str(EXAMPLES / "story.py"), 0)
+    assert len(task.corpus) == len(task.prompts) + len(task.heldout) == 30
+    assert all(any(text.startswith(prompt) for text in task.corpus) for prompt in task.prompts + task.heldout)
+
+
 def test_story_rewards_the_sea_and_an_ending_and_no_repetition(tmp_path, monkeypatch):
     write_story(tmp_path, monkeypatch)
     task = load_task(str(EXAMPLES / "story.py"), 0)

@@ -18,6 +18,7 @@ from reward import (
     annotate,
     choose_comparisons,
     fit_reward,
+    hold_out,
     learn_reward,
     learned_reward,
     load_task,
@@ -250,6 +251,17 @@ def test_a_tenth_of_the_comparisons_is_held_out_by_prompt(policy, tokenizer, mon
     assert sorted(fitted + test) == sorted(listed)
     fitted, test = ({prompt for prompt, *_ in part} for part in seen)
     assert fitted.isdisjoint(test) and 30 <= len(seen[1]) <= 60
+
+
+@pytest.mark.parametrize("sizes, held_out", [
+    ((200, 1), {1}), ((1, 200), {1}), ((100, 100), {100}), ((1,) * 50, {5, 6}), ((30, 30, 1, 1), {2}),
+    ((50,) + (1,) * 50, {10, 11})])
+def test_about_a_tenth_of_the_comparisons_is_held_out_whatever_the_prompts(sizes, held_out):
+    listed = [(f"p{i}", "a", "b") for i, n in enumerate(sizes) for _ in range(n)]
+    for seed in range(20):
+        learned, test = hold_out(listed, [prompt for prompt, *_ in listed], seed)
+        assert sorted(learned + test) == sorted(listed) and len(test) in held_out
+        assert {p for p, *_ in learned}.isdisjoint(p for p, *_ in test)
 
 
 def test_of_a_long_list_comparisons_are_chosen_at_random(tokenizer):

@@ -159,6 +159,69 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(out, int
     assert outcome(run) == uninterrupted("ppo")
 
 
+def test_a_run_that_was_killed_in_pretraining_starts_again(tmp_path, interrupt):
+    task_file(tmp_path)
+    argv = command(tmp_path, "--iterations", 1, "--name", "run")
+    interrupt(argv, signal.SIGKILL, "train.maximize_likelihood", 1)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert train.main(argv) is None
+    assert "process" not in json.loads((tmp_path / "run" / "config.json").read_text())
+
+
+def test_a_run_that_another_process_trains_is_left_alone(out, context, capsys):
+    """Also with --overwrite, by --resume, and before it has a checkpoint."""
+    argv = command(out, "--name", "twice")
+    barrier = context.Barrier(2)
+    process = context.Process(target=wait_in_pretraining, args=(argv, barrier))
+    process.start()
+    barrier.wait()
+    before = (out / "twice" / "config.json").read_bytes()
+    for again in (argv, [*argv, "--overwrite"]):
+        assert train.main(again) == 2
+        says = f"error: {out / 'twice'} is being trained by process {process.pid}: "
+        assert capsys.readouterr().err.startswith(says)
+    assert (out / "twice" / "config.json").read_bytes() == before
+    barrier.wait()
+    process.join()
+    assert process.exitcode == 0 and (out / "twice" / "result.json").exists()
+    assert train.main([*argv, "--overwrite", "--iterations", "0"]) is None
+
+
+def wait_in_pretraining(argv, barrier):
+    def wait(*args):
+        barrier.wait()
+        barrier.wait()
+        return original(*args)
+
+    original, train.load_or_pretrain = train.load_or_pretrain, wait
+    assert train.main(argv) is None
+
+
+GAUSS = """
+import random
+import numpy as np
+import torch
+corpus = [f"the cat {random.random():.2f} {np.random.rand():.2f} {torch.rand(()):.2f}" for _ in range(40)]
+prompts, heldout = ["the cat", "the dog"], ["the"]
+
+def reward(prompt, completion):
+    return len(completion) / 10 + random.gauss(0, 1) + np.random.randn() + torch.randn(()).item()
+"""
+
+
+def test_global_random_numbers_of_a_task_are_repeated(tmp_path):
+    """By another run, and by --resume."""
+    task_file(tmp_path, GAUSS)
+    argv = command(tmp_path, "--save-every", 2)
+    assert train.main([*argv, "--name", "whole", "--iterations", "4"]) is None
+    random.random()  # what this process has drawn before must not matter
+    assert train.main([*argv, "--name", "cut", "--iterations", "2"]) is None
+    assert train.main(resume(tmp_path / "cut", "--iterations", 4)) is None
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert len({row["reward"] for row in rows(tmp_path / "whole")}) == 4
+    assert len([*(tmp_path / "pretrained").iterdir()]) == 1  # one corpus
+
+
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_survives_kills_at_random_moments(tmp_path, context, kills):
     rng, task = random.Random(0), ["--task", str(task_file(tmp_path))]

@@ -223,6 +223,33 @@ def test_a_batched_reward_gets_two_lists(kind):
             score(batched(lambda p, c: kind(values)), ["a", "b"], ["x", "y"])
 
 
+async def coroutine(prompts, completions):
+    return [1.0, 1.0]
+
+
+@pytest.mark.parametrize("function", [
+    lambda p, c: None, lambda p, c: 1.0, lambda p, c: "ab", lambda p, c: {"a": 1, "b": 2},
+    lambda p, c: {1, 2},
+    lambda p, c: torch.tensor(1.0), lambda p, c: np.ones(()), lambda p, c: (1.0 for _ in c), coroutine])
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_a_batched_reward_must_return_a_list(function):
+    with pytest.raises(BadInput, match="is marked @batched and returned .* return a list of 2 numbers"):
+        score(batched(function), ["a", "b"], ["x", "y"])
+
+
+def test_gradients_are_enabled_whatever_a_reward_or_a_task_file_does(tmp_path):
+    source = "import torch\ntorch.set_grad_enabled(False)\n" + TASK
+    load_task(str(task_file(tmp_path, source)), 0)
+    assert torch.is_grad_enabled()
+    assert score(lambda p, c: torch.set_grad_enabled(False) and 0 or 1, ["a"], ["b"]) == [1]
+    assert torch.is_grad_enabled()
+
+
+def test_a_length_of_zero_words_is_refused():
+    with pytest.raises(BadInput, match=r"length\(0\)"):
+        length(0)
+
+
 @pytest.mark.parametrize("value", [None, "good", [0.5, 0.5], torch.ones(2), np.ones(2), 1j, 10 ** 400,
                                    math.nan, math.inf, -math.inf, 1e39])
 def test_a_score_that_is_not_a_finite_number_is_refused(value):

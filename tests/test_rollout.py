@@ -20,7 +20,7 @@ import rollout
 from algos import Batch
 from helpers import ROOT, Malice, contents
 from model import GPT, BadInput, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint, write_atomically
-from rollout import check_fit, completion_texts, draw, sample, sample_one, top_k_top_p
+from rollout import check_boundaries, check_fit, completion_texts, draw, sample, sample_one, top_k_top_p
 
 TEXTS = ["the acting was superb.", "the plot was dull, and the acting was superb."] * 50
 POEM = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
@@ -225,6 +225,55 @@ def test_prompts_that_cannot_be_completed_are_refused(policy):
         check_fit(["abc", "abcd"], tokenizer.encode, 4, 7)
     with pytest.raises(BadInput, match="empty"):
         check_fit([""], tokenizer.encode, 4, 7)
+
+
+@pytest.mark.parametrize("prompts, corpus, size", [
+    (["first 21 then 13\n\n"], ["first 21 then 13\n\n\n\n34"] * 50, 300),  # a token of three line ends
+    (['{"name":'], ['{"name":"ann"}', '{"name":"bob"}'] * 50, 300),  # a token of :"
+    (["the "], ["the cat", "the dog"] * 50, 280), (["the c"], ["the cat sat"] * 20, 280),
+    (["the ", "a "], [], "cat"), (["x "], ["the cat"] * 50, 280)])
+def test_prompts_that_end_within_a_token_are_refused(prompts, corpus, size):
+    tokenizer = Tokenizer.learn(["the cat sat"] * 9, 280) if size == "cat" else Tokenizer.learn(corpus, size)
+    with pytest.raises(BadInput, match="ends (within a token|with white space)"):
+        check_boundaries(prompts, corpus, tokenizer)
+
+
+@pytest.mark.parametrize("prompts, corpus, says", [
+    (["the cat"], ["the cat sat", "the cat ran"] * 9, ""), (["7 "], ["7 8", "7 9"], ""),  # no merges
+    (["the"], ["the cat", "the dog", "theme"] * 9, "1 of 3 texts"), (["cat"], ["the dog"], "no text"),
+    (["the cat"], [], "")])
+def test_other_prompts_pass_and_what_is_unusual_is_a_warning(prompts, corpus, says, capsys):
+    check_boundaries(prompts, corpus, Tokenizer.learn(corpus, 257 if prompts == ["7 "] else 275))
+    printed = capsys.readouterr().out
+    assert says in printed and printed.count("warning") == bool(says)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", model.SPLITS)
+@pytest.mark.parametrize("character", "a é\n-")
+def test_a_million_characters_without_a_break_are_encoded(character, split):
+    text = character * 10 ** 6 + "a"
+    byte_tokens = [bytes([i]).hex() for i in range(256)]
+    tokenizer = Tokenizer.from_state({"name": split, "tokens": byte_tokens})
+    assert tokenizer.encode(text) == list(text.encode())
+
+
+@pytest.mark.parametrize("split, before", [
+    ("bpe", r"\p{Han}|'(?:[sdmt]|ll|ve|re)| ?(?:(?!\p{Han})\p{L})+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+            r"|\s+(?!\S)|\s+"),
+    ("gpt2", r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")])
+def test_words_are_split_as_by_the_plain_patterns(split, before):
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choices(" \n\t\r\u3000ab'éstlmve中文,.1٣²\u0301😀", k=rng.randrange(12)))
+        assert regex.findall(model.SPLITS[split], text) == regex.findall(before, text)
+
+
+def test_lone_surrogates_and_long_runs_in_a_corpus_are_learned():
+    tokenizer = Tokenizer.learn(["caf\ud800 caf\ud800"], 262)
+    assert tokenizer.decode(tokenizer.encode("caf\ud800")) == "caf\ufffd"
+    runs = Tokenizer.learn([" " * 160_000 + "x"], 300)  # a second; quadratic it took six
+    assert len(runs.encode(" " * 2 ** 12 + "x")) < 20
 
 
 # Checkpoints.

@@ -59,6 +59,33 @@ def stop(*args):
 
 # A run.
 
+def test_an_algorithm_that_changes_its_options_starts_each_iteration_from_those_given(out, monkeypatch):
+    seen = []
+
+    def halving(policy, batch, optimizer, config, generator=None):
+        seen.append(config.delta)
+        config.delta /= 2
+        return train.trpo(policy, batch, optimizer, config, generator)
+
+    monkeypatch.setitem(train.ALGOS, "halving", halving)
+    options = ["--algo", "halving", "--name", "halving", "--delta", 0.02]
+    assert go(out, *options, "--iterations", 3) is None
+    assert seen == [0.02] * 3 and read(out / "halving" / "config.json")["delta"] == 0.02
+    assert load_checkpoint(out / "halving")[3]["config"]["delta"] == 0.02
+
+
+@pytest.mark.parametrize("estimator, algo", [("gae", "reinforce"), ("gae", "ppo"), ("gae", "trpo"),
+                                             ("grpo", "reinforce"), ("rloo", "trpo"), ("returns", "ppo")])
+@pytest.mark.parametrize("score", [0, 0.3])
+def test_a_constant_reward_leaves_the_policy_as_it_was(out, estimator, algo, score):
+    """Its advantages are nothing but rounding, and so is the KL penalty of a policy that has not moved."""
+    task_file(out, TASK.replace("len(completion) / 10", str(score)), "constant.py")
+    options = ["--algo", algo, "--advantage", estimator, "--task", out / "constant.py", "--overwrite"]
+    assert go(out, *options, "--name", "constant", "--iterations", 4) is None
+    policy, reference, _, _ = load_checkpoint(out / "constant")
+    assert same_weights(policy, reference)
+
+
 @pytest.mark.parametrize("algo", train.ALGOS)
 def test_a_run_writes_its_config_metrics_checkpoint_and_result(out, algo, capsys):
     assert go(out, "--algo", algo, "--name", algo) is None

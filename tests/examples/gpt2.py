@@ -7,6 +7,7 @@ ckpt.pt.
 a checkpoint, for transformers' from_pretrained.
 """
 import argparse
+import itertools
 import json
 import math
 import pickle
@@ -86,8 +87,8 @@ def read_nanogpt(path):
 
 
 def check_tokens(ours, theirs, rows):
-    """Raises BadInput unless both tokenizers agree on TEXTS. rows: their token for each of ours."""
-    for text in TEXTS:
+    """Raises BadInput unless both agree on all pairs of TEXTS. rows: their token for each of ours."""
+    for text in map("".join, itertools.product(TEXTS, repeat=2)):
         if [rows[token] for token in ours.encode(text)] != theirs.encode(text, add_special_tokens=False):
             raise BadInput(f"the tokenizers of transformers and of this program differ on {text!r}")
 
