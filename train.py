@@ -728,8 +728,8 @@ def prepare_run_dir(run, config, resume):
     """Delete what is replaced, the checkpoint first (of a resumed run its result), and write config.json."""
     if processes()[0] == 0:
         check_not_running(run)
-        for file in written_files(run):
-            if not resume or file.name == "result.json":
+        for file in [*written_files(run), *run.glob("*.part")]:  # .part: left by a process that was killed
+            if not resume or file.name == "result.json" or file.suffix == ".part":
                 file.unlink()
     write_json(run / "config.json", run_config(config))
 
