@@ -222,41 +222,36 @@ def check_fit(prompts, encode, max_new_tokens, block_size):
 
 
 def check_boundaries(prompts, corpus, tokenizer):
-    """Check that the tokens of each prompt are the first tokens of the texts that begin with it.
+    """Raises BadInput, or prints a warning, for prompts that end within a token of the texts that they begin.
 
-    They are not if the prompt ends within a token. The policy would then go on from tokens that it never saw.
-    Up to ten texts of the corpus are compared for each prompt. If there is none for any prompt, none may end
-    with white space that would be a part of the next word's token.
-    Raises BadInput if nearly all texts of a prompt differ, and prints a warning if some do.
+    The policy would have to go on from tokens that it never saw in pretraining. Up to ten texts of the corpus
+    are compared for each prompt, and one is refused if nearly all of its texts differ. If no text begins with
+    a prompt, it must only not end with white space that a token of the vocabulary joins to the next word.
     """
     def differs(text, prompt):
         tokens = tokenizer.encode(prompt)
         return tokenizer.encode(text[:len(prompt) + 100])[:len(tokens)] != tokens
 
     texts = sorted({*corpus})
-    compared = 0
-    differing = []
+    compared = []
     for prompt in prompts:
         start = bisect.bisect_left(texts, prompt)
         stop = bisect.bisect_left(texts, prompt + chr(sys.maxunicode))
-        some = texts[start:stop:(stop - start) // 10 + 1]
-        found = [text for text in some if differs(text, prompt)]
-        if len(found) > 0.9 * len(some):
-            raise BadInput(f"the prompt {str(prompt)!r:.200} ends within a token of {found[0]!r:.300}: let "
+        some = [(text, prompt) for text in texts[start:stop:(stop - start) // 10 + 1]]
+        if sum(differs(*pair) for pair in some) > 0.9 * len(some):
+            raise BadInput(f"the prompt {str(prompt)!r:.200} ends within a token of {some[0][0]!r:.200}: let "
                            "it end with a token, for example before the white space")
-        compared += len(some)
-        differing += found
-    if differing:
-        print(f"warning: {len(differing)} of {compared} texts that begin with a prompt do not begin with "
-              f"its tokens, for example {differing[0]!r:.300}: a prompt should end with a token")
+        compared += some
+    n = sum(differs(*pair) for pair in compared)
+    if n or corpus and not compared:
+        print(f"warning: {len(compared)} texts of the corpus begin with a prompt, and {n} of them not with "
+              "its tokens: let prompts be beginnings of texts that end with a token")
     if not compared:
         words = [token.decode(errors="ignore").strip() for token in tokenizer.encoding.token_byte_values()]
         for prompt in prompts:
             if prompt[-1:].isspace() and any(differs(prompt + word, prompt) for word in words):
-                raise BadInput(f"the prompt {str(prompt)!r:.200} ends with white space, which is a part of "
-                               "the next word's token: remove it")
-        if corpus:
-            print("warning: no text of the corpus begins with a prompt: the policy may not know how to go on")
+                raise BadInput(f"the prompt {str(prompt)!r:.200} ends with white space, which belongs to the "
+                               "next word's token: remove it")
 
 
 # The command line.

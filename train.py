@@ -11,7 +11,6 @@ help; and logging services, because metrics.csv is enough.
 """
 
 import argparse
-import contextlib
 import copy
 import hashlib
 import json
@@ -339,21 +338,15 @@ class Run:
         try:
             for name, module in self.modules().items():
                 module.load_state_dict(saved[name])
-                if isinstance(module, torch.optim.Optimizer):
-                    check_shapes(module)
+                for p, averages in getattr(module, "state", {}).items():  # torch does not check their shapes
+                    if any(x.dim() and x.shape != p.shape for x in averages.values()):
+                        raise ValueError("the averages of the optimizer do not fit the weights")
             self.history = list(saved["history"])
             self.evaluations = dict(saved["evaluations"])
             self.pretraining = dict(saved["pretraining"])
         except Exception as e:  # a damaged file can raise nearly anything
             path = self.path / "checkpoint.pt"
             raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
-
-
-def check_shapes(optimizer):
-    """Raises ValueError if Adam's averages do not have the shapes of the weights. torch does not check it."""
-    for p, averages in optimizer.state.items():
-        if any(x.dim() and x.shape != p.shape for x in averages.values()):
-            raise ValueError("the optimizer's state does not fit the weights")
 
 
 def prepare(config, resume):
@@ -690,38 +683,52 @@ def written_files(run):
 
 
 def claim_run_dir(run, config, replaces):
-    """Make the directory of a new run, with the config.json that keeps others from using it. Raises BadInput.
+    """Make the directory of a new run, with a config.json that names this process. Raises BadInput.
 
-    If `replaces`, the directory is there already, and stays as it is.
+    A second process is refused, also before the first checkpoint. If `replaces`, nothing is written yet.
     """
     check_not_running(run)
-    if replaces:
-        return
     try:
-        if written_files(run):
+        if not replaces and written_files(run):
             raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-        with open(run / "config.json", "x", encoding="utf-8") as file:  # "x": of two processes, one fails
-            json.dump(run_config(config), file)
-    except FileExistsError:
-        raise BadInput(f"{run} exists: give another --name")
+        if not replaces:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.json").unlink(missing_ok=True)  # of a run that was killed in pretraining
+            with open(run / "config.json", "x", encoding="utf-8") as file:  # "x": only one process succeeds
+                json.dump({**asdict(config), "process": os.getpid()}, file)
     except OSError as e:
-        raise BadInput(f"cannot write {run}: give another --out or --name ({e.strerror})")
+        raise BadInput(f"cannot make {run}: give another --out or --name ({e.strerror})")
+
+
+def check_not_running(run):
+    """Raises BadInput if another process that is alive trains the run."""
+    process = process_of(run)
+    try:
+        if process and process != os.getpid() and os.name == "posix":
+            os.kill(process, 0)  # signal 0 only asks
+            raise BadInput(f"{run} is being trained by process {process}: wait, or give another --name")
+    except OSError:
+        pass  # it is dead
+
+
+def process_of(run):
+    """The number of the process that config.json names; None if it names none."""
+    try:
+        return int(json.loads((run / "config.json").read_text(encoding="utf-8"))["process"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def release_run_dir(run):
-    """Undo `claim_run_dir`: if the run has no other file yet, its directory goes."""
-    if process_of(run) != this_process():
-        return
-    if written_files(run):
+    """Take this process's number out of config.json, and delete what `claim_run_dir` made for nothing."""
+    if process_of(run) == os.getpid():
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         del config["process"]
         write_json(run / "config.json", config)
-    else:
-        (run / "config.json").unlink()
-        with contextlib.suppress(OSError):  # somebody has put something there
-            run.rmdir()
+        if not written_files(run):
+            (run / "config.json").unlink()
+            if not any(run.iterdir()):
+                run.rmdir()
 
 
 def prepare_run_dir(run, config, resume):
@@ -731,44 +738,7 @@ def prepare_run_dir(run, config, resume):
         for file in [*written_files(run), *run.glob("*.part")]:  # .part: left by a process that was killed
             if not resume or file.name == "result.json" or file.suffix == ".part":
                 file.unlink()
-    write_json(run / "config.json", run_config(config))
-
-
-def run_config(config):
-    """What config.json holds: the options, and the process that trains the run."""
-    return {**asdict(config), "process": this_process()}
-
-
-def this_process():
-    return [os.getpid(), start_of(os.getpid())]
-
-
-def start_of(process):
-    """When a process has started, because numbers are used again. 0 if unknown, None if it is dead."""
-    if os.name == "nt":
-        return 0
-    try:
-        os.kill(process, 0)  # signal 0 only asks
-        state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return None if state == "Z" else int(numbers[18])
-    except ProcessLookupError:
-        return None
-    except OSError:  # another user's process, or a system without /proc
-        return 0
-
-
-def process_of(run):
-    """[process, start] of config.json; None if it names none."""
-    try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))["process"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def check_not_running(run):
-    process = process_of(run)
-    if process and process != this_process() and start_of(process[0]) == process[1]:
-        raise BadInput(f"{run} is being trained by process {process[0]}: wait for it, or give another --name")
+    write_json(run / "config.json", {**asdict(config), "process": os.getpid()})
 
 
 def provenance(run):

@@ -240,7 +240,8 @@ def test_prompts_that_end_within_a_token_are_refused(prompts, corpus, size):
 
 @pytest.mark.parametrize("prompts, corpus, says", [
     (["the cat"], ["the cat sat", "the cat ran"] * 9, ""), (["7 "], ["7 8", "7 9"], ""),  # no merges
-    (["the"], ["the cat", "the dog", "theme"] * 9, "1 of 3 texts"), (["cat"], ["the dog"], "no text"),
+    (["the"], ["the cat", "the dog", "theme"] * 9, "3 texts of the corpus begin with a prompt, and 1 of"),
+    (["cat"], ["the dog"], "warning: 0 texts"),
     (["the cat"], [], "")])
 def test_other_prompts_pass_and_what_is_unusual_is_a_warning(prompts, corpus, says, capsys):
     check_boundaries(prompts, corpus, Tokenizer.learn(corpus, 257 if prompts == ["7 "] else 275))
