@@ -228,9 +228,8 @@ def episode_statistics(task, prompts, completions, batch, config):
              "ended": per_episode([text.ended for text in completions])}
     if task.true_reward:
         stats["true_reward"] = per_episode(score(task.true_reward, prompts, completions))
-    if config.advantage in GROUP_BASED:
-        groups = batch.scores.view(-1, config.group_size)
-        stats["uniform_groups"] = per_episode((groups == groups[:, :1]).all(1))
+    groups = batch.scores.view(-1, config.group_size if config.group_size > 1 else len(batch.scores))
+    stats["uniform_groups"] = per_episode((groups == groups[:, :1]).all(1))
     return stats
 
 
@@ -493,8 +492,10 @@ def warnings(history):
     last_ten = history[10:][-10:]  # the critic is new in the first ten
     if len(last_ten) == 10 and fmean(row.get("explained_variance", 0) for row in last_ten) < 0:
         yield "over ten iterations the critic was worse than a constant: more --critic-epochs may help"
-    if last.get("uniform_groups", 0) > 0.5:
-        yield "in most groups all scores are equal, which teaches nothing: a larger --group-size may help"
+    uniform = last.get("uniform_groups", 0)
+    if uniform == 1 or uniform > 0.5 and "explained_variance" not in last:  # a critic compares prompts, too
+        yield ("in most groups all scores are equal, which teaches nothing: a larger --group-size may help, or "
+               "the task is solved")
 
 
 def print_iteration(history, iterations, warned):
@@ -799,7 +800,8 @@ columns of metrics.csv
                            the end of text
   kl, entropy              exact KL from the reference policy, and entropy, in nats per token
   true_reward              the task's own reward, if the reward is learned
-  uniform_groups           share of the groups in which all scores are equal (rloo, grpo)
+  uniform_groups           share of the prompts whose completions all have the same score; with --group-size 1
+                           1 if all scores of the batch are equal
   loss, grad_norm          of the policy; the gradient's norm before it is clipped
   clip_fraction, steps     share of ratios outside the clip range; minibatch steps taken (ppo)
   kl_update                exact mean KL(old policy || new policy) of the update, nats per token (except for

@@ -263,7 +263,9 @@ def test_evaluations_while_training_leave_their_figures_and_completions(out, cap
     ([{"ended": 1, "explained_variance": -1}] * 20, "worse than a constant"),
     ([{"ended": 1, "explained_variance": x} for x in [-9] * 10 + [-0.5] * 5 + [1] * 10], None),
     ([{"ended": 1, "uniform_groups": 0.5}], None),
-    ([{"ended": 1, "uniform_groups": 0.6}], "all scores are equal")])
+    ([{"ended": 1, "uniform_groups": 0.6}], "all scores are equal"),
+    ([{"ended": 1, "uniform_groups": 0.9, "explained_variance": 0.1}], None),
+    ([{"ended": 1, "uniform_groups": 1, "explained_variance": 0.1}], "all scores are equal")])
 def test_warnings_are_printed_once(rows, warning, capsys):
     common, warned = dict(reward=0.0, kl=0.0, entropy=1.0, seconds=1.0), set()
     rows = [{**common, **row} for row in rows]
@@ -596,10 +598,9 @@ def test_collect_aligns_every_number_with_its_action(world, advantage, whiten):
     assert 0 < sum(ends) < 32 and set(prompts) == {*task.prompts}  # each case occurred
     means = {"reward": fmean(scores), "kl": fmean(kls), "entropy": fmean(entropies), "ended": fmean(ends),
              "length": len(kls) / 32}
-    if advantage == "rloo":
-        means["uniform_groups"] = fmean(scores[b] == scores[b + 1] for b in range(0, 32, 2))
-        assert 0 < means["uniform_groups"] < 1
-    else:
+    means["uniform_groups"] = fmean(scores[b] == scores[b + 1] for b in range(0, 32, 2))
+    assert means["uniform_groups"] < 1
+    if advantage != "rloo":
         still = torch.optim.SGD(critic.parameters(), 0.0)
         errors = returns - values[batch.mask]
         stats |= {"explained_variance": fit_critic(critic, batch, still, config)["explained_variance"]}
