@@ -397,25 +397,6 @@ def prepare(config, resume):
     return run, before
 
 
-def load_seeded_task(config):
-    """The task of --task. Raises BadInput, also if it is not the same in all processes."""
-    seed_globally(config.pretrain_seed)
-    task = load_task(config.task, config.pretrain_seed)
-    comparisons = None if callable(task.preferences) else task.preferences
-    check_same("tasks", [task.corpus, task.prompts, task.heldout, comparisons])
-    return task
-
-
-def check_same(what, value):
-    """Raises BadInput unless this value, plain data, is the same in all processes."""
-    digests = [hashlib.sha256(json.dumps(value).encode()).hexdigest()] * processes()[1]
-    if len(digests) > 1:
-        dist.all_gather_object(digests, digests[0])
-    if len({*digests}) > 1:
-        raise BadInput(f"the processes have different {what}: let them read the same files, sort what comes "
-                       "from a set, and draw from random.Random(0)")
-
-
 # Evaluation.
 
 def evaluate(task, policy, reference, tokenizer, config):
@@ -494,8 +475,8 @@ def warnings(history):
         yield "over ten iterations the critic was worse than a constant: more --critic-epochs may help"
     uniform = last.get("uniform_groups", 0)
     if uniform == 1 or uniform > 0.5 and "explained_variance" not in last:  # a critic compares prompts, too
-        yield ("in most groups all scores are equal, which teaches nothing: a larger --group-size may help, or "
-               "the task is solved")
+        yield ("in most groups all scores are equal, which teaches nothing: the task is solved, or a larger "
+               "--group-size may help")
 
 
 def print_iteration(history, iterations, warned):
@@ -652,6 +633,27 @@ def maximize_likelihood(policy, rows, config, generator):
                   f"{time.perf_counter() - start:.0f} s", flush=True)
             nats = 0.0
             tokens = 0
+
+
+# What a run reads, which must be the same in all processes.
+
+def load_seeded_task(config):
+    """The task of --task. Raises BadInput, also if it is not the same in all processes."""
+    seed_globally(config.pretrain_seed)
+    task = load_task(config.task, config.pretrain_seed)
+    comparisons = None if callable(task.preferences) else task.preferences
+    check_same("tasks", [task.corpus, task.prompts, task.heldout, comparisons])
+    return task
+
+
+def check_same(what, value):
+    """Raises BadInput unless this value, plain data, is the same in all processes."""
+    digests = [hashlib.sha256(json.dumps(value).encode()).hexdigest()] * processes()[1]
+    if len(digests) > 1:
+        dist.all_gather_object(digests, digests[0])
+    if len({*digests}) > 1:
+        raise BadInput(f"the processes have different {what}: let them read the same files, sort what comes "
+                       "from a set, and draw from random.Random(0)")
 
 
 # The files of a run.

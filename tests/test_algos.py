@@ -668,6 +668,20 @@ def test_a_rejected_trpo_step_leaves_every_bit(policy, monkeypatch):
     assert all(stats[name] == 0 for name in names)
 
 
+@pytest.mark.parametrize("extremes", [
+    dict(damping=0.0), dict(damping=0.0, cg_iters=50), dict(damping=0.0, fisher_fraction=1e-6, cg_iters=50),
+    dict(delta=0.0), dict(damping=0.0, delta=0.0), dict(delta=10.0, damping=0.0)])
+def test_trpo_stays_finite_and_within_the_trust_region_at_extremes(policy, extremes):
+    policy = policy.float()
+    for seed in range(5):
+        batch, new = make_batch(policy, seed=seed), copy.deepcopy(policy)
+        batch.advantages = batch.advantages.float()
+        stats = run(trpo, new, batch, **extremes)
+        assert all(map(math.isfinite, stats.values())) and weights(new).isfinite().all()
+        assert stats["kl_update"] <= config(**extremes).delta
+        assert mean_kl(policy, new, batch, config()) == pytest.approx(stats["kl_update"], abs=1e-6)
+
+
 def test_trpo_without_a_gradient_does_not_move(policy):
     batch, before = make_batch(policy), weights(policy)
     batch.advantages = torch.zeros_like(batch.advantages)

@@ -92,6 +92,21 @@ def refused(capsys, folder, *words):
     return err
 
 
+@pytest.mark.slow
+def test_greedy_completions_are_those_of_transformers_up_to_the_whole_context(folder):
+    config = replace(CONFIG, block_size=1024)
+    theirs = make_theirs(config)
+    theirs.save_pretrained(folder)
+    ours, tokenizer = gpt2.import_gpt2(str(folder))
+    _, rows = gpt2.read_tokenizer(str(folder))
+    rows, prompt = torch.tensor(rows), tokenizer.encode("the plot")
+    n = 1024 - len(prompt)
+    batch = sample(ours, [prompt], n, -1, temperature=0)
+    continued = theirs.generate(rows[prompt][None], do_sample=False, max_new_tokens=n, eos_token_id=None,
+                                pad_token_id=0)
+    assert rows[batch.actions[0]].tolist() == continued[0, 1:].tolist() and continued.shape[1] == 1024
+
+
 def random_texts(count):
     rng = random.Random(0)
     pieces = ["a", "it", "the acting", "'s", "'ll", " ", "  ", "\n", "\t", "\r", "7", "00001", ",", "é", "中",

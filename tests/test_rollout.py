@@ -137,6 +137,16 @@ def test_truncate_equals_its_definition(top_k, top_p):
         assert kept == expected
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.5, 0.75, 0.9, 1.0])
+def test_top_p_with_ties_keeps_as_many_as_transformers(top_p):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    logits = torch.randint(3, (200, 8), generator=seeded(0)).float()
+    theirs = transformers.TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+    ours = top_k_top_p(logits.log_softmax(-1), 0, top_p)
+    sizes = [x.softmax(-1).sort(-1).values for x in (ours, theirs)]  # which of equal tokens is kept is open
+    torch.testing.assert_close(*sizes)
+
+
 # Sampling.
 
 EOS = 5
@@ -163,6 +173,14 @@ def complete_alone(policy, prompt, uniforms, temperature):
         if tokens[-1] == EOS:
             break
     return tokens
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.7, 1.0])
+def test_the_samplers_log_probabilities_are_those_of_a_full_forward_pass(policy, temperature):
+    batch = sample(policy, PROMPTS * 5, 12, EOS, temperature, seeded(0))
+    logp = (policy(batch.obs) / temperature).log_softmax(-1)
+    full = logp.gather(-1, batch.actions[..., None]).squeeze(-1)
+    torch.testing.assert_close(batch.logprobs[batch.mask], full[batch.mask])
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
