@@ -177,6 +177,11 @@ def action_log_probs(logp, actions):
     return logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
 
+def finite(logp):
+    """logp with the lowest finite number in place of -inf, which a policy gives to a forbidden action."""
+    return logp.clamp(min=torch.finfo(logp.dtype).min)
+
+
 def entropy(logp):
     """H(π(·|s)) (B, T) in nats, from log π(·|s) (B, T, A), where 0·log 0 is 0."""
     return -(logp.exp() * finite(logp)).sum(-1)
@@ -189,11 +194,6 @@ def kl_divergence(logp, logq):
     errors, also blocks the gradient.
     """
     return (logp.exp() * (finite(logp) - finite(logq))).sum(-1).clamp(min=0)
-
-
-def finite(logp):
-    """logp with the lowest finite number in place of -inf, which a policy gives to a forbidden action."""
-    return logp.clamp(min=torch.finfo(logp.dtype).min)
 
 
 def mean_kl(old, policy, batch, config):
