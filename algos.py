@@ -225,8 +225,8 @@ def reinforce(policy, batch, optimizer, config, generator=None):
 def ppo(policy, batch, optimizer, config, generator=None):
     """Several epochs of minibatch steps up E[min(ρ A, clip(ρ, 1-ε, 1+ε) A)], with ρ = π(a|s) / π_old(a|s).
 
-    Once ρ has left the range in the direction that A asks for, the gradient of an action is zero. If ρ has
-    left in the other direction, the gradient still pulls it back:
+    A > 0 asks for a larger ρ, A < 0 for a smaller one. Once ρ has left the range in that direction, the
+    gradient of an action is zero. If ρ has left in the other direction, the gradient still pulls it back:
 
                  ρ < 1-ε    inside    ρ > 1+ε
         A > 0     A ∇ρ       A ∇ρ        0
@@ -235,8 +235,9 @@ def ppo(policy, batch, optimizer, config, generator=None):
     The update ends early when the mean KL(π_old‖π) on a minibatch, estimated from its actions, exceeds
     target_kl.
     Returns diagnostics, means over the steps taken.
-    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7. The estimator ρ - 1 - log ρ
-    is unbiased and never negative: Schulman 2020, "Approximating KL Divergence".
+    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7. The KL's estimator is
+    ρ - 1 - log ρ. It is unbiased, because the mean of ρ under π_old is 1, and never negative, because
+    log ρ ≤ ρ - 1: Schulman 2020, "Approximating KL Divergence".
     """
     def loss(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
@@ -307,21 +308,22 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
         x = x + alpha * p
         r = r - alpha * Ap
         rr, rr_old = r @ r, rr
-        p = r + rr / rr_old * p  # conjugate to all before: pᵀA p' = 0
+        p = r + rr / rr_old * p  # the one coefficient that makes it conjugate to all before: pᵀA p' = 0
     return x, r
 
 
 def fisher_vector_product(policy, batch, config):
     """The function v -> F v, (n,) -> (n,), for the policy's Fisher matrix F over the states of the batch.
 
-    F is the Hessian of the mean KL(π_old‖π) at π = π_old. By the chain rule, with J the derivative of the
-    logits with respect to the weights and p their softmax, the Hessian in one state is
+    The KL of a small step s of the weights is ½ sᵀF s: F is the Hessian of the mean KL(π_old‖π) at π = π_old.
+    The derivative of the KL with respect to the logits is p - p_old, with p their softmax. It is zero at
+    π_old, and its own derivative is that of the softmax, diag p - p pᵀ. So by the chain rule, with J the
+    derivative of the logits with respect to the weights, the Hessian in one state is
 
-        Jᵀ (diag p - p pᵀ) J + Σ_k (∂KL/∂logit_k) ∇²logit_k
+        Jᵀ (diag p - p pᵀ) J + Σ_k (∂KL/∂logit_k) ∇²logit_k = Jᵀ (diag p - p pᵀ) J
 
-    At π_old the derivative of the KL with respect to the logits is zero, so the second term is gone. What
-    remains, F = E[Jᵀ (diag p - p pᵀ) J], is positive semi-definite, and it needs no second derivative with
-    respect to the weights.
+    F = E[Jᵀ (diag p - p pᵀ) J] is positive semi-definite, and it needs no second derivative with respect to
+    the weights.
 
     A product takes two backward passes.
     1. J v. Autograd gives Jᵀu, not J v, but one turns into the other: let f(u) = Jᵀu for u (B, T, A). Then
@@ -342,6 +344,7 @@ def fisher_vector_product(policy, batch, config):
         probs = logits.softmax(-1)
         weight = part.mask.unsqueeze(-1).to(logits.dtype) / n_actions  # (b, T, 1), which makes sums means
         u = torch.zeros_like(logits, requires_grad=True)
+        # zero, because u is; only its graph is used, which is linear in u
         f_u = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
         graphs.append((probs, weight, u, flatten(f_u)))
 
@@ -380,11 +383,11 @@ def line_search(evaluate, params, step, delta, backtracks=10):
 def trpo(policy, batch, optimizer, config, generator=None):
     """The largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
 
-    Let g be the gradient of the surrogate. To second order the KL of a step s is ½ sᵀF s, so the best step is
-    s = sqrt(2δ / xᵀF x) x with F x = g. It points along the natural gradient and is scaled so that its KL, to
-    second order, is δ. The line search then checks the exact KL and the surrogate. F is taken over a random
-    fisher_fraction of the episodes, and damping is added to its diagonal. There is no learning rate; the
-    optimizer is not used.
+    Let g be the gradient of the surrogate. To second order the KL of a step s is ½ sᵀF s. The step that
+    maximizes gᵀs at a KL of δ is s = sqrt(2δ / xᵀF x) x with F x = g, along the natural gradient. The line
+    search then checks the exact KL and the surrogate. F is taken over a random fisher_fraction of the
+    episodes. Damping is added to its diagonal, also in xᵀF x, because directions in which F is nearly zero
+    would get huge steps. There is no learning rate; the optimizer is not used.
     Returns diagnostics; accepted is 0 if no step was taken and the weights are as before.
     Schulman et al. 2015, "Trust Region Policy Optimization", section 6 and appendix C.
     """

@@ -215,7 +215,7 @@ class Critic(nn.Module):
         """Set mean and std of V = mean + std·h, so the head always predicts numbers of order 1.
 
         mean, std: 0-d tensors, of the returns. A std of zero is ignored.
-        A trained critic keeps its values, because the head is rescaled the other way round:
+        A trained critic keeps its values: mean + std·h_new = mean_old + std_old·h_old, solved for h_new, is
         w ← w·std_old/std, b ← (mean_old + std_old·b - mean)/std. A new critic (w = 0) predicts the new mean.
         Adam's averages are not rescaled, which is an approximation.
         PopArt: van Hasselt et al. 2016, "Learning values across many orders of magnitude".
@@ -233,9 +233,9 @@ class Critic(nn.Module):
 # Text to tokens.
 
 # How a text is split into words: contractions; letters, digits or signs with the space before them; white
-# space. BPE merges bytes within a word only. In our pattern a Chinese character is a word, so a prompt that
-# ends after one has the same tokens as within a longer text. [^\P{L}\p{Han}] is a letter but no Han, and 999
-# bounds what tiktoken keeps on its stack.
+# space. BPE merges bytes within a word only. In our pattern a Chinese character is a word: a merge with the
+# next one would give a prompt that ends between them other tokens than it has in a longer text.
+# [^\P{L}\p{Han}] is a letter but no Han, and 999 bounds what tiktoken keeps on its stack.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,999}(?!\S)|\s+"
 OUR_SPLIT = r"\p{Han}|'(?:[sdmt]|ll|ve|re)| ?[^\P{L}\p{Han}]+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,999}(?!\S)|\s+"
 SPLITS = {"bpe": OUR_SPLIT, "gpt2": GPT2_SPLIT}
@@ -250,7 +250,7 @@ def learn_merges(texts, max_merges):
     words = Counter(word for text in texts for word in split_words(text))
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in words}
     counts = Counter()  # how often each pair of neighbours occurs
-    found_in = defaultdict(set)  # in which words
+    found_in = defaultdict(set)  # in which words, also some that have lost the pair, which does no harm
 
     def count(word, sign):
         for pair in zip(pieces[word], pieces[word][1:]):
@@ -263,7 +263,7 @@ def learn_merges(texts, max_merges):
     while len(tokens) < max_merges and any(counts.values()):
         pair = max(counts, key=lambda pair: (counts[pair], pair))  # a tie is broken by the order of bytes
         tokens.append(pair[0] + pair[1])
-        for word in found_in[pair].copy():
+        for word in found_in[pair].copy():  # take the word's pairs out, merge, put the new ones in
             count(word, -1)
             pieces[word] = merge(pieces[word], pair)
             count(word, 1)

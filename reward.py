@@ -197,11 +197,11 @@ def annotate(annotator, prompts, first, second, rng):
     Returns [(prompt, better, worse)], without pairs of equal texts. Raises BadInput if a number is not a
     probability.
     """
-    def preferences(prompt, pair):
+    def preferences(prompt, pair):  # `score` wants a function of prompt and completion: here it is a pair
         return annotator(prompt, *pair)
 
     comparisons = []
-    pairs = list(zip(first, second))  # `score` calls preferences(prompt, pair), and checks numbers
+    pairs = list(zip(first, second))
     for prompt, (a, b), p in zip(prompts, pairs, score(preferences, prompts, pairs)):
         if not 0 <= p <= 1:
             raise BadInput(f"preferences returned {p} for {prompt!r}, {a!r} and {b!r}: return a probability")
@@ -227,6 +227,15 @@ def text_rows(prompts, completions, tokenizer, block_size):
     return pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
+def one_decision_each(texts):
+    """A Batch for `map_micro_batches` and `mean_gradient`, in which K texts together count as one action.
+
+    K is 1 for a text that gets a reward, and 2 for a comparison, because its loss is one number.
+    texts: (N, K, T) tokens. obs is (N, 1, K, T) and mask (N, 1): one column per row, and K T cells each.
+    """
+    return Batch(texts[:, None], None, torch.ones(len(texts), 1, dtype=torch.bool, device=texts.device))
+
+
 def learned_reward(model, tokenizer, config):
     """The reward function of a reward model, a Critic that is read at the last token of a text."""
     def reward_of_text(part):
@@ -239,14 +248,6 @@ def learned_reward(model, tokenizer, config):
         rewards = map_micro_batches(reward_of_text, texts, config)  # (B, 1)
         return rewards[:, 0].tolist()
     return learned
-
-
-def one_decision_each(texts):
-    """A Batch for `map_micro_batches` and `mean_gradient`, in which K texts together count as one action.
-
-    texts: (N, K, T) tokens. obs is (N, 1, K, T) and mask (N, 1): one column per row, and K T cells each.
-    """
-    return Batch(texts[:, None], None, torch.ones(len(texts), 1, dtype=torch.bool, device=texts.device))
 
 
 def to_batch(comparisons, tokenizer, block_size, device):

@@ -3,6 +3,9 @@
 `python rollout.py runs/NAME --prompt "the acting was"` samples from a trained policy; `--help` lists the
 options.
 
+A Batch (algos.py) has one column per action: obs, the token that was read, and actions, the token that was
+chosen next. `map_micro_batches` computes a function of it in pieces that fit the memory.
+
 This file leaves out beam search, which is no way for a policy to act, and repetition penalties, which would
 train another distribution than the one that is sampled.
 """
@@ -93,7 +96,9 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
     device = next(policy.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
     B = len(prompts)
-    T = max(lengths) + max_new_tokens - 1  # columns; column t chooses tokens[:, t+1], so there are T+1 tokens
+    # Column t chooses tokens[:, t+1]. A prompt of 2 tokens and 3 new ones: 5 tokens, 4 columns, of which 1, 2
+    # and 3 are actions.
+    T = max(lengths) + max_new_tokens - 1
     if min(lengths) == 0 or T + 1 > policy.config.block_size:
         raise ValueError(f"an empty prompt, or {T + 1} tokens exceed the context {policy.config.block_size}")
 
@@ -152,8 +157,9 @@ class Text(str):
     """A string that carries attributes: Text("7+5=", answer="12").answer is "12".
 
     A prompt may carry what its reward compares with. A completion carries `length`, its number of tokens with
-    the end of text; `ended`, whether it chose the end of text; and `mean_ref_logprob`, its mean
-    log-probability per token, in nats, under the reference policy at the run's temperature.
+    the end of text; `ended`, whether it chose the end of text; and, for custom rewards and metrics,
+    `mean_ref_logprob`, its mean log-probability per token, in nats, under the reference policy at the run's
+    temperature.
     """
 
     def __new__(cls, text, **attributes):

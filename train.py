@@ -139,8 +139,8 @@ class Config:
     save_every: int = option(5, "iterations between checkpoints", 1)
 
 
-# Defaults that differ by advantage, algorithm, task, and weights of --init. If two of them name an option,
-# the task's wins over the algorithm's, and so on; an option that is given wins over all. The RL defaults of
+# Defaults that differ by advantage, algorithm, task, and weights of --init. The later of these wins if two
+# name an option, and an option that is given wins over all. The RL defaults of
 # reviews and addition were checked on another corpus (--pretrain-seed 1): tests/README.md.
 DEFAULTS = {
     "rloo": dict(whiten=0),
@@ -204,7 +204,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     if critic is not None:
         returns = discounted_returns(rewards, mask, config.gamma)
         mean, variance = mean_and_variance(returns, mask)
-        critic.rescale_output(mean, variance.sqrt())  # this does not train it
+        critic.rescale_output(mean, variance.sqrt())  # a trained critic keeps its values
         batch.values = map_micro_batches(lambda part: critic(part.obs), batch, config)  # without a graph
 
     # advantages, and the critic's targets
@@ -389,7 +389,7 @@ def prepare(config, resume):
 
     before = run.evaluate(reference)
     prepare_run_dir(path, config, resume)
-    run.save()  # before any other file, because a run can be resumed from here: it evaluates again
+    run.save()  # before any other file: from here --resume repeats the evaluation and writes the others
     run.log_evaluation(0, *before)
     print(f"\n{config.algo} with {config.advantage} on {config.task}: "
           f"{sum(p.numel() for p in policy.parameters()):,} weights, device: {device}, "
@@ -622,7 +622,7 @@ def maximize_likelihood(policy, rows, config, generator):
     for step, (batch, mean_tokens) in enumerate(islice(batches, steps), start=1):
         texts = as_batch(rows[batch.tensor_split(count)[rank]], device)  # this process's share
         n_tokens = lengths[batch].sum().item()
-        weight = n_tokens / mean_tokens  # so the loss is a sum over the tokens, divided by mean_tokens
+        weight = n_tokens / mean_tokens  # mean_gradient divides by n_tokens, this by mean_tokens
         loss = mean_gradient(policy, lambda part: weight * nll(policy, part), texts, config, 1.0)["loss"]
         optimizer.param_groups[0]["lr"] = config.pretrain_lr * min(step / 50, 1 - step / (steps + 1))
         optimizer.step()
@@ -735,7 +735,10 @@ def release_run_dir(run):
 
 
 def prepare_run_dir(run, config, resume):
-    """Delete what is replaced, the checkpoint first (of a resumed run its result), and write config.json."""
+    """Delete the files of a run that is replaced, or the result of one that is resumed; write config.json.
+
+    The checkpoint goes first, so a crash cannot leave it with the tables of another run.
+    """
     if processes()[0] == 0:
         check_not_running(run)
         for file in [*written_files(run), *run.glob("*.part")]:  # .part: left by a process that was killed
