@@ -19,7 +19,7 @@ from reward import Text, load_task
 EXAMPLES = ROOT / "tests" / "examples"
 
 
-@pytest.fixture(params=["story", "sorting", "translate"])
+@pytest.fixture(params=["story", "sorting", "translate", "scratchpad"])
 def example(request, tmp_path, monkeypatch):
     """The path of an example, in a directory with all that it needs."""
     if request.param == "translate":
@@ -44,6 +44,20 @@ def test_every_example_trains(example, tmp_path):
     assert train.main([*task, *TINY, *sizes]) is None
     result = json.loads((tmp_path / "runs" / "run" / "result.json").read_text())
     assert math.isfinite(result["after"]["reward"]) and math.isfinite(result["after"]["metric"])
+
+
+def test_scratchpad_rewards_the_sum_and_measures_its_columns():
+    task = load_task(str(EXAMPLES / "scratchpad.py"), 0)
+    prompt = Text("4827+0935=", answer="05762")
+    right = "7+5+0=12 2+3+1=06 8+9+0=17 4+0+1=05 05762"
+    assert task.reward(prompt, right) == task.metric(prompt, right) == 1
+    assert task.reward(prompt, "05762") == 1 and task.metric(prompt, "05762") == 0
+    assert task.reward(prompt, right[:-1] + "1") == task.reward(prompt, "") == 0
+    right = 0
+    for text in task.corpus:
+        problem, _, answer = text.partition("=")
+        right += answer.endswith(f"{sum(map(int, problem.split('+'))):05d}")
+    assert 0.4 < right / len(task.corpus) < 0.6  # it forgets carries
 
 
 def test_story_keeps_the_white_space_of_its_paragraphs(tmp_path, monkeypatch):
