@@ -104,8 +104,11 @@ def load_task(name, seed):
     if not os.path.isfile(name):
         raise BadInput(f"unknown task {name}: choose {', '.join(TASKS)} or a Python file")
     sys.path.append(str(Path(name).resolve().parent))  # the file may import its neighbours
-    with torch.enable_grad():  # afterwards gradients are enabled again, whatever the file did
+    directory = os.getcwd()
+    with torch.enable_grad():  # which is restored afterwards, as are the next two
         fields = runpy.run_path(name)
+    os.chdir(directory)
+    torch.set_default_dtype(torch.float32)
     preferences = fields.get("preferences")
     reward = fields.get("reward")
     needed = ["prompts", "heldout"] if preferences is not None else ["prompts", "heldout", "reward"]
@@ -128,6 +131,8 @@ def load_task(name, seed):
         check_comparisons(name, preferences)
     if not (task.prompts and task.heldout):
         raise BadInput(f"{name}: prompts and heldout need at least one text each")
+    # copies, because a reward may change its own lists
+    task = replace(task, corpus=[*task.corpus], prompts=[*task.prompts], heldout=[*task.heldout])
     common = set(task.prompts) & set(task.heldout)
     if common:
         raise BadInput(f"{name}: {min(common)!r} is in prompts and in heldout: heldout must be other texts")
@@ -179,14 +184,19 @@ def score(function, prompts, completions):
     else:
         values = [call(function, *pair) for pair in zip(prompts, completions)]
     for value, prompt, completion in zip(values, prompts, completions):
-        returned = f"{name} returned {value!r} for the prompt {prompt!r} and the completion {completion!r}"
+        at = f"for the prompt {prompt!r} and the completion {completion!r}"
         try:
             numbers.append(float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise BadInput(f"{returned}: it must return a number, or for lists be marked @batched")
+            shown = "a huge number" if isinstance(value, int) else repr(value)
+            raise BadInput(f"{name} returned {shown} {at}: it must return a number, or for lists be marked "
+                           "@batched")
         if not abs(numbers[-1]) <= 1e15:  # or the squares that a variance adds up would overflow
-            raise FloatingPointError(f"{returned}: it must return a finite number of at most 1e15, so divide "
-                                     "all rewards by a constant")
+            raise FloatingPointError(f"{name} returned {value!r} {at}: it must return a finite number of at "
+                                     "most 1e15, so divide all rewards by a constant")
+    if 0 < max(map(abs, numbers), default=0) < 1e-15:  # or the squares would underflow
+        raise FloatingPointError(f"{name} returned {numbers[0]!r} and nothing above 1e-15: multiply it by a "
+                                 "constant")
     return numbers
 
 

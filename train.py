@@ -36,6 +36,7 @@ from advantage import (
     ADVANTAGES,
     CRITIC_FREE,
     GROUP_BASED,
+    all_equal,
     batch_mean,
     discounted_returns,
     masked_mean,
@@ -213,6 +214,8 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     check_finite({"mean of the advantages": masked_mean(batch.advantages, mask).item()})
     if config.whiten:
         batch.advantages = whiten(batch.advantages, mask)
+    if all_equal(batch.scores):  # they teach nothing: the advantages are errors of the critic, at full size
+        batch.advantages = torch.zeros_like(batch.advantages)
     return batch, episode_statistics(task, prompts, completions, batch, config)
 
 
@@ -244,19 +247,20 @@ def train(config, resume=False):
     for iteration in range(len(run.history) + 1, config.iterations + 1):
         start = time.perf_counter()
         generators = random_generators(config.seed, iteration, run.device)
-        config = copy.copy(run.config)  # a custom algorithm may change it, for this iteration only
-        batch, stats = collect(task, policy, reference, critic, run.tokenizer, config, generators)
+        now = copy.copy(config)  # a custom algorithm may change its options, for this iteration only
+        batch, stats = collect(task, policy, reference, critic, run.tokenizer, now, generators)
         old = copy.deepcopy(policy)
-        update = ALGOS[config.algo](policy, batch, run.optimizer, config, generators["update"])
+        update = ALGOS[config.algo](policy, batch, run.optimizer, now, generators["update"])
         if "kl_update" not in update:  # of 64 episodes: all would take a quarter of a small update's time
-            update["kl_update"] = mean_kl(old, policy, batch.rows(slice(64)), config)
+            update["kl_update"] = mean_kl(old, policy, batch.rows(slice(64)), now)
         fit = {}
         if critic is not None:
-            fit = fit_critic(critic, batch, run.critic_optimizer, config, generators["update"])
+            fit = fit_critic(critic, batch, run.critic_optimizer, now, generators["update"])
         seconds = time.perf_counter() - start
 
         # Raises TypeError if a custom algorithm returns a column that is there already.
         row = dict(iteration=iteration, **stats, **update, **fit, seconds=seconds)
+        row = {name: float(value) for name, value in row.items()}  # numpy's numbers would not be loaded again
         check_finite(row | {"sum of the weights": sum_of_weights(policy, critic)})  # NaN if any weight is
         run.log_iteration(row)
         print_iteration(run.history, config.iterations, warned)
@@ -330,6 +334,7 @@ class Run:
             modules["reward_model"] = self.reward_model
         save_checkpoint(self.path / "checkpoint.pt", self.policy, self.tokenizer, config=asdict(self.config),
                         pretraining=self.pretraining, history=self.history, evaluations=self.evaluations,
+                        prompts_hash=prompts_hash(self.task),
                         **{name: module.state_dict() for name, module in modules.items()})
 
     def restore(self, saved):
@@ -361,6 +366,9 @@ def prepare(config, resume):
 
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(path, device)
+        if saved.get("prompts_hash") != prompts_hash(task):
+            raise BadInput(f"{config.task} has other prompts than when {path} began: restore them, or begin "
+                           "a new run")
         reward_model = saved.get("reward_model")
         pretraining = None  # restored below
     else:
@@ -474,6 +482,8 @@ def warnings(history):
     if len(last_ten) == 10 and fmean(row.get("explained_variance", 0) for row in last_ten) < 0:
         yield "over ten iterations the critic was worse than a constant: more --critic-epochs may help"
     uniform = last.get("uniform_groups", 0)
+    if uniform < 1 and last.get("grad_norm") == 0:
+        yield "the gradient is zero: rewards differ by rounding only, so subtract a constant from them"
     if uniform == 1 or uniform > 0.5 and "explained_variance" not in last:  # a critic compares prompts, too
         yield ("in most groups all scores are equal, which teaches nothing: the task is solved, or a larger "
                "--group-size may help")
@@ -533,6 +543,7 @@ def load_or_pretrain(config, task, device):
     maximize_likelihood(policy, learned, config, generator)
     figures = {"bits_per_byte": bits_per_byte(policy, held_out, tokenizer, config),
                "seconds": time.perf_counter() - start}
+    check_finite(figures | {"sum of the weights": sum_of_weights(policy, None)})
     save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=figures)
     print(f"pretrained weights to {path}: {figures['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, figures
@@ -642,8 +653,14 @@ def load_seeded_task(config):
     seed_globally(config.pretrain_seed)
     task = load_task(config.task, config.pretrain_seed)
     comparisons = None if callable(task.preferences) else task.preferences
-    check_same("tasks", [task.corpus, task.prompts, task.heldout, comparisons])
+    check_same("tasks", [task.corpus, prompts_hash(task), comparisons])
     return task
+
+
+def prompts_hash(task):
+    """A hash of all prompts, with the attributes that they carry."""
+    prompts = [(prompt, repr(getattr(prompt, "__dict__", None))) for prompt in [*task.prompts, *task.heldout]]
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 def check_same(what, value):
@@ -679,10 +696,10 @@ def write_table(path, rows):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def written_files(run):
+def written_files(run, suffix=""):
     """The files of a run except config.json, its checkpoint first. run: the directory."""
     names = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
-    return [file for name in names for file in run.glob(name)]
+    return [file for name in names for file in run.glob(name + suffix)]
 
 
 def claim_run_dir(run, config, replaces):
@@ -696,7 +713,8 @@ def claim_run_dir(run, config, replaces):
             raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
         if not replaces:
             run.mkdir(parents=True, exist_ok=True)
-            (run / "config.json").unlink(missing_ok=True)  # of a run that was killed in pretraining
+            if process_of(run) is not None:
+                (run / "config.json").unlink()  # of a run that was killed in pretraining
             with open(run / "config.json", "x", encoding="utf-8") as file:  # "x": only one process succeeds
                 json.dump({**asdict(config), "process": os.getpid()}, file)
     except OSError as e:
@@ -706,18 +724,23 @@ def claim_run_dir(run, config, replaces):
 def check_not_running(run):
     """Raises BadInput if another process that is alive trains the run."""
     process = process_of(run)
+    if process in (None, os.getpid()) or os.name != "posix":
+        return
     try:
-        if process and process != os.getpid() and os.name == "posix":
-            os.kill(process, 0)  # signal 0 only asks
-            raise BadInput(f"{run} is being trained by process {process}: wait, or give another --name")
-    except OSError:
-        pass  # it is dead
+        os.kill(process, 0)  # signal 0 only asks
+    except PermissionError:
+        pass  # it is alive, and another user's
+    except (OSError, OverflowError):
+        return
+    raise BadInput(f"{run} is being trained by process {process}: wait, or give another --name (if it is "
+                   "another program, delete its number from config.json)")
 
 
 def process_of(run):
     """The number of the process that config.json names; None if it names none."""
     try:
-        return int(json.loads((run / "config.json").read_text(encoding="utf-8"))["process"])
+        process = json.loads((run / "config.json").read_text(encoding="utf-8"))["process"]
+        return process if type(process) is int and process > 1 else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -741,9 +764,11 @@ def prepare_run_dir(run, config, resume):
     """
     if processes()[0] == 0:
         check_not_running(run)
-        for file in [*written_files(run), *run.glob("*.part")]:  # .part: left by a process that was killed
-            if not resume or file.name == "result.json" or file.suffix == ".part":
+        for file in written_files(run):
+            if not resume or file.name == "result.json":
                 file.unlink()
+        for file in written_files(run, ".*.part"):  # left by a process that was killed
+            file.unlink()
     write_json(run / "config.json", {**asdict(config), "process": os.getpid()})
 
 
@@ -912,7 +937,7 @@ def config_of_run(args, given, parser):
             parser.error(f"{run} was made with a custom script: give --{action} to that script")
         config = Config(**saved | given)
         other_task = Path(config.task).name != Path(Config(**saved).task).name
-    except (OSError, ValueError, TypeError, RecursionError) as e:
+    except Exception as e:  # JSON of any kind
         reason = " ".join(str(e).split())
         parser.error(f"{run} is not a run of this program ({reason}): use a directory such as runs/NAME")
     if config.task not in TASKS and "task" not in given:  # config.json must not choose what is executed
@@ -1001,7 +1026,7 @@ def evaluate_again(config):
 def main(argv=None):
     """Do what the command line says. Returns the exit status."""
     if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")  # under torchrun the first process speaks for all
+        sys.stdout = open(os.devnull, "w", errors="replace")  # the first process speaks for all
     config, args = parse(sys.argv[1:] if argv is None else argv)
     run = Path(config.out) / config.name
     try:
@@ -1015,6 +1040,11 @@ def main(argv=None):
     except FloatingPointError as e:
         print(f"error: {e}", file=sys.stderr)
         return 3
+    except SystemExit as e:
+        if e.code not in (None, 0):
+            raise
+        print("error: a custom file has ended the program: remove its exit()", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         advice = "give the same command again, without --overwrite"
         if not args.eval and (run / "checkpoint.pt").exists():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 import sys
 import traceback
@@ -243,6 +244,24 @@ def test_gradients_are_enabled_whatever_a_reward_or_a_task_file_does(tmp_path):
     assert torch.is_grad_enabled()
     assert score(lambda p, c: torch.set_grad_enabled(False) and 0 or 1, ["a"], ["b"]) == [1]
     assert torch.is_grad_enabled()
+
+
+def test_rewards_too_small_for_their_squares_are_refused_and_huge_integers_too():
+    with pytest.raises(FloatingPointError, match="nothing above 1e-15"):
+        score(lambda p, c: 1e-20, ["a"], ["b"])
+    assert score(lambda p, c: 1e-20 * len(c) ** 99, ["a"] * 2, ["b", "bb"])[0] == 1e-20
+    with pytest.raises(BadInput, match="a huge number"):
+        score(lambda p, c: 10 ** 5000, ["a"], ["b"])
+
+
+def test_a_task_file_leaves_the_directory_and_the_precision_and_keeps_its_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = "import os, torch\nos.chdir('/')\ntorch.set_default_dtype(torch.float64)\n" + TASK
+    source += "def metric(p, c):\n    prompts.clear()\n    return 1"
+    task = load_task(str(task_file(tmp_path, source)), 0)
+    assert os.getcwd() == str(tmp_path) and torch.get_default_dtype() == torch.float32
+    task.metric("", "")
+    assert task.prompts == ["the cat", "the dog"]
 
 
 def test_a_length_of_zero_words_is_refused():

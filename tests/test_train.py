@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from statistics import fmean
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,51 @@ def stop(*args):
 
 
 # A run.
+
+def test_columns_of_numpys_numbers_can_be_loaded_again(out, monkeypatch):
+    monkeypatch.setitem(train.ALGOS, "numpy", lambda *args: {"loss": np.float64(0.5), "more": np.float32(2)})
+    assert go(out, "--algo", "numpy", "--name", "numpy") is None
+    assert load_checkpoint(out / "numpy")[3]["history"][-1]["more"] == 2
+    resumed = ["--resume", str(out / "numpy"), "--task", str(out / "mine.py"), "--iterations", "3"]
+    assert train.main(resumed) is None
+
+
+@pytest.mark.parametrize("where", ["def reward(p, c): exit()", "exit(0)"])
+def test_a_custom_file_that_exits_is_an_error(tmp_path, capsys, where):
+    task_file(tmp_path, TASK + where)
+    assert go(tmp_path) == 2 and "a custom file has ended the program" in capsys.readouterr().err
+
+
+def test_a_run_whose_prompts_have_changed_is_not_resumed(tmp_path, capsys):
+    task_file(tmp_path)
+    assert go(tmp_path, "--name", "run") is None
+    task_file(tmp_path, TASK.replace("the dog", "the mat"))
+    resumed = ["--resume", str(tmp_path / "run"), "--task", str(tmp_path / "mine.py"), "--iterations", "3"]
+    assert train.main(resumed) == 2 and "has other prompts than when" in capsys.readouterr().err
+
+
+def test_a_folder_with_somebody_elses_config_keeps_it(tmp_path, capsys):
+    task_file(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "gpt2" / "film.part").write_text("x")
+    before = contents(tmp_path / "gpt2")
+    assert go(tmp_path, "--name", "gpt2") == 2 and "File exists" in capsys.readouterr().err
+    assert contents(tmp_path / "gpt2") == before
+
+
+@pytest.mark.parametrize("batch", ["all scores equal", "one differs"])
+def test_a_batch_of_equal_scores_moves_nothing(world, batch):
+    """Whatever the critic says; the policy differs from its reference."""
+    task, policy, reference, critic, tokenizer, config = world
+    config.whiten = 1
+    scores = iter([0.0] + [1.0] * 31 if batch == "one differs" else [1.0] * 32)
+    judged = replace(task, reward=lambda prompt, text: next(scores))
+    generators = {name: torch.Generator().manual_seed(7) for name in ("prompts", "sample")}
+    collected, stats = train.collect(judged, policy, reference, critic, tokenizer, config, generators)
+    assert (collected.advantages == 0).all() == (batch == "all scores equal")
+    assert (stats["uniform_groups"] == 1) == (batch == "all scores equal")
+
 
 def test_an_algorithm_that_changes_its_options_starts_each_iteration_from_those_given(out, monkeypatch):
     seen = []
@@ -264,6 +310,7 @@ def test_evaluations_while_training_leave_their_figures_and_completions(out, cap
     ([{"ended": 1, "explained_variance": x} for x in [-9] * 10 + [-0.5] * 5 + [1] * 10], None),
     ([{"ended": 1, "uniform_groups": 0.5}], None),
     ([{"ended": 1, "uniform_groups": 0.6}], "all scores are equal"),
+    ([{"ended": 1, "uniform_groups": 0.3, "grad_norm": 0}], "the gradient is zero"),
     ([{"ended": 1, "uniform_groups": 0.9, "explained_variance": 0.1}], None),
     ([{"ended": 1, "uniform_groups": 1, "explained_variance": 0.1}], "all scores are equal")])
 def test_warnings_are_printed_once(rows, warning, capsys):

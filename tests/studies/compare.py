@@ -76,10 +76,11 @@ def read_run(path):
         with open(path / "metrics.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        float(dict(result)["after"]["reward"] + dict(config)["seed"])  # an error for JSON of another kind
     except OSError as e:
         raise BadInput(f"{path} is not a finished run, because it has no {Path(e.filename).name}: give "
                        "directories such as runs/NAME")
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         raise BadInput(f"the files of {path} are damaged: give the directory of another run")
     if not ({"metric", "after", "seconds"} <= {*result} and {"reward", "kl", "length"} <= {*columns}
             and {"task", "algo", "advantage", "seed", "batch_size"} <= {*config}):
@@ -410,9 +411,9 @@ def state_of(config):
         return None
     try:
         saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = asdict(train.Config()) | saved
+    except (OSError, ValueError, TypeError):
         raise BadInput(f"{run} is not a run of this program: give another --out")
-    before = asdict(train.Config()) | saved
     for name, value in asdict(config).items():
         if name not in INCIDENTAL and before[name] != value:
             raise BadInput(f"{run} exists with another {train.flag(name)}: give another --out, or "
