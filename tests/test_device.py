@@ -108,7 +108,8 @@ def train_run(folder, device, *options, file="mine.py"):
     if options[0] in ("--resume", "--eval"):
         options = [options[0], run, *options[1:]]
     else:
-        options = [*TINY, *SMALL, "--out", run.parent, "--name", run.name, "--overwrite", *options]
+        options = [*TINY, *SMALL, "--pretrain-steps", 5, "--eval-episodes", 2, "--batch-size", 8, "--out",
+                   run.parent, "--name", run.name, "--overwrite", *options]
     assert train.main([*map(str, options), *task]) is None
     return run
 

@@ -242,7 +242,8 @@ def test_a_process_that_dies_ends_the_job_and_the_run_can_be_resumed(job):
 
 
 @pytest.mark.parametrize("corpus", ["[str(random.Random().random()) for _ in range(20)]",
-                                    "[*{f'the cat {i}' for i in range(20)}]"])
+                                    pytest.param("[*{f'the cat {i}' for i in range(20)}]",
+                                                 marks=pytest.mark.slow)])
 def test_processes_that_read_different_tasks_are_refused(tmp_path, corpus):
     source = TASK + f"import random\ncorpus = {corpus}\n"
     options = [*TINY, *SMALL, "--out", tmp_path / "runs", "--task", task_file(tmp_path, source)]

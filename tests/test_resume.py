@@ -132,6 +132,7 @@ def test_more_iterations_equal_one_longer_run_that_is_finished_only_at_its_end(o
     assert outcome(run) == uninterrupted("ppo")
 
 
+@pytest.mark.slow
 def test_a_run_whose_sizes_leave_remainders_resumes(out, interrupt):
     """60 episodes in groups of 3, 7 minibatches of 9 or 8, evaluations and checkpoints out of step."""
     options = "--algo ppo --batch-size 60 --group-size 3 --minibatches 7 --micro-batch 100".split()
