@@ -140,6 +140,8 @@ def main(folder, *algos):
         setattr(torch, name, functools.partial(make_and_move, getattr(torch, name)))
     result = {"rows": [], "waits": []}
     with contextlib.redirect_stdout(io.StringIO()):
+        if not algos:
+            train_run(folder, NAME, "--iterations", 1, "--pretrain-steps", 1, "--max-new-tokens", 4)
         for algo in algos:
             file = "preferences.py" if algo == "reinforce" else "mine.py"
             runs = []
@@ -158,20 +160,28 @@ def make_and_move(make, data, device="cpu", **kwargs):
     return make(data, **kwargs).to(device)
 
 
-@pytest.mark.parametrize("algo", ["trpo", *(pytest.param(algo, marks=pytest.mark.slow)
-                                            for algo in ("reinforce", "ppo"))])
-def test_runs_on_a_device(tmp_path, algo):
-    """They compute what they compute on the CPU, and do not wait for the device at each token."""
+def run_in_a_process(tmp_path, *algos):
+    """What `main` has written."""
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch has no devices that are written in Python")
     task_file(tmp_path)
     comparisons = [("the cat", " sat", f" ran {i}") for i in range(9)] + [("the dog", " sat", " ran")]
     task_file(tmp_path, TASK + f"preferences = {comparisons}", "preferences.py")
-    done = subprocess.run([sys.executable, __file__, tmp_path, algo], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, __file__, tmp_path, *algos], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    return json.loads((tmp_path / "result.json").read_text())
 
+
+def test_a_short_run_on_a_device(tmp_path):
+    run_in_a_process(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["trpo", "ppo", "reinforce"])
+def test_runs_on_a_device(tmp_path, algo):
+    """They compute what they compute on the CPU, and do not wait for the device at each token."""
+    result = run_in_a_process(tmp_path, algo)
     (cpu, device), = result["rows"]
     assert len(cpu) == len(device) == 3
     for name, value in cpu[0].items():  # later rows amplify what differs in attention's last digits
