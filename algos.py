@@ -262,8 +262,8 @@ def fit_critic(critic, batch, optimizer, config, generator=None):
     """Train the critic by least squares on batch.returns, the targets of the estimator. Returns diagnostics.
 
     With gae the targets are λ-returns (returns, with the critic's guess in place of a part of them),
-    otherwise Monte-Carlo returns. The loss is divided by their variance,
-    so the gradient, and the effect of clipping its norm, do not depend on the scale of the reward.
+    otherwise Monte-Carlo returns. The loss is divided by their variance, so the gradient, and the effect of
+    clipping its norm, do not depend on the scale of the reward.
     (`Critic.rescale_output` achieves the same for the weights of the head.)
     """
     _, variance = mean_and_variance(batch.returns, batch.mask)

@@ -239,23 +239,26 @@ def check_boundaries(prompts, corpus, tokenizer):
         return tokenizer.encode(text[:len(prompt) + 100])[:len(tokens)] != tokens
 
     texts = sorted({*corpus})
-    words = [token.decode(errors="ignore").strip() for token in tokenizer.encoding.token_byte_values()]
-    compared = []
+    compared = 0
+    differing = 0
     for prompt in prompts:
         start = bisect.bisect_left(texts, prompt)
         stop = bisect.bisect_left(texts, prompt + chr(sys.maxunicode))
-        some = [(text, prompt) for text in texts[start:stop:(stop - start) // 10 + 1]]
-        if sum(differs(*pair) for pair in some) > 0.9 * len(some):
-            raise BadInput(f"the prompt {str(prompt)!r:.200} ends within a token of {some[0][0]!r:.200}: let "
-                           "it end with a token, for example before the white space")
-        if not some and prompt[-1:].isspace() and any(differs(prompt + word, prompt) for word in words):
-            raise BadInput(f"the prompt {str(prompt)!r:.200} ends with white space, which belongs to the "
-                           "next word's token: remove it")
-        compared += some
-    n = sum(differs(*pair) for pair in compared)
-    if n or corpus and not compared:
-        print(f"warning: {len(compared)} texts of the corpus begin with a prompt, and {n} of them not with "
-              "its tokens: let prompts be beginnings of texts that end with a token")
+        some = texts[start:stop:(stop - start) // 10 + 1]
+        n = sum(differs(text, prompt) for text in some)
+        if n > 0.9 * len(some):
+            raise BadInput(f"the prompt {str(prompt)!r:.200} ends within a token of {some[0]!r:.200}: let it "
+                           "end with a token, for example before the white space")
+        if not some and prompt[-1:].isspace():
+            tokens = tokenizer.encoding.token_byte_values()
+            if any(differs(prompt + token.decode(errors="ignore").strip(), prompt) for token in tokens):
+                raise BadInput(f"the prompt {str(prompt)!r:.200} ends with white space, which belongs to the "
+                               "next word's token: remove it")
+        compared += len(some)
+        differing += n
+    if differing or corpus and not compared:
+        print(f"warning: {compared} texts of the corpus begin with a prompt, and {differing} of them not "
+              "with its tokens: let prompts be beginnings of texts that end with a token")
 
 
 # The command line.

@@ -298,6 +298,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer  # None without a critic
     pretraining: dict  # its seconds and bits per held-out byte
+    prompts_hash: str  # by which --resume notices other prompts
     history: list = field(default_factory=list)  # rows of metrics.csv
     evaluations: dict = field(default_factory=dict)  # rows of eval.csv by iteration
 
@@ -334,7 +335,7 @@ class Run:
             modules["reward_model"] = self.reward_model
         save_checkpoint(self.path / "checkpoint.pt", self.policy, self.tokenizer, config=asdict(self.config),
                         pretraining=self.pretraining, history=self.history, evaluations=self.evaluations,
-                        prompts_hash=prompts_hash(self.task),
+                        prompts_hash=self.prompts_hash,
                         **{name: module.state_dict() for name, module in modules.items()})
 
     def restore(self, saved):
@@ -363,10 +364,11 @@ def prepare(config, resume):
     if processes()[0] == 0:
         claim_run_dir(path, config, replaces=resume or config.overwrite)
     task = load_seeded_task(config)
+    hash_of_prompts = prompts_hash(task)
 
     if resume:
         policy, reference, tokenizer, saved = load_checkpoint(path, device)
-        if saved.get("prompts_hash") != prompts_hash(task):
+        if saved.get("prompts_hash") != hash_of_prompts:
             raise BadInput(f"{config.task} has other prompts than when {path} began: restore them, or begin "
                            "a new run")
         reward_model = saved.get("reward_model")
@@ -387,7 +389,7 @@ def prepare(config, resume):
         critic = Critic(policy.config, policy).to(device)
         critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     run = Run(path, config, device, task, tokenizer, policy, reference, reward_model, critic, optimizer,
-              critic_optimizer, pretraining)
+              critic_optimizer, pretraining, hash_of_prompts)
     if resume:
         run.restore(saved)
         done = len(run.history)
@@ -665,9 +667,11 @@ def prompts_hash(task):
 
 def check_same(what, value):
     """Raises BadInput unless this value, plain data, is the same in all processes."""
-    digests = [hashlib.sha256(json.dumps(value).encode()).hexdigest()] * processes()[1]
-    if len(digests) > 1:
-        dist.all_gather_object(digests, digests[0])
+    count = processes()[1]
+    if count == 1:
+        return
+    digests = [None] * count
+    dist.all_gather_object(digests, hashlib.sha256(json.dumps(value).encode()).hexdigest())
     if len({*digests}) > 1:
         raise BadInput(f"the processes have different {what}: let them read the same files, sort what comes "
                        "from a set, and draw from random.Random(0)")
@@ -708,15 +712,16 @@ def claim_run_dir(run, config, replaces):
     A second process is refused, also before the first checkpoint. If `replaces`, nothing is written yet.
     """
     check_not_running(run)
+    if replaces:
+        return
     try:
-        if not replaces and written_files(run):
+        if written_files(run):
             raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
-        if not replaces:
-            run.mkdir(parents=True, exist_ok=True)
-            if process_of(run) is not None:
-                (run / "config.json").unlink()  # of a run that was killed in pretraining
-            with open(run / "config.json", "x", encoding="utf-8") as file:  # "x": only one process succeeds
-                json.dump({**asdict(config), "process": os.getpid()}, file)
+        run.mkdir(parents=True, exist_ok=True)
+        if process_of(run) is not None:
+            (run / "config.json").unlink()  # of a run that was killed in pretraining
+        with open(run / "config.json", "x", encoding="utf-8") as file:  # "x": only one process succeeds
+            json.dump({**asdict(config), "process": os.getpid()}, file)
     except OSError as e:
         raise BadInput(f"cannot make {run}: give another --out or --name ({e.strerror})")
 
