@@ -33,8 +33,9 @@ class Batch:
     mask: torch.Tensor  # (B, T) bool, True where the policy acted
     logprobs: torch.Tensor = None  # (B, T) log π_old(a_t|s_t)
     advantages: torch.Tensor = None  # (B, T)
-    returns: torch.Tensor = None  # (B, T) the critic's targets
-    values: torch.Tensor = None  # (B, T) V(s_t) before the critic is trained on them; 0 without a critic
+    targets: torch.Tensor = None  # (B, T) what the critic learns
+    values: torch.Tensor = None  # (B, T) V(s_t) before the critic is trained; 0 without a critic
+    returns: torch.Tensor = None  # (B, T) Monte-Carlo returns G_t, by which the critic is judged
     # The losses of this file do not use the fields below. They are logged, and a custom loss may use them.
     ref_logprobs: torch.Tensor = None  # (B, T) log π_ref(a_t|s_t)
     scores: torch.Tensor = None  # (B,) what the reward function returned
@@ -259,26 +260,28 @@ def ppo(policy, batch, optimizer, config, generator=None):
 
 
 def fit_critic(critic, batch, optimizer, config, generator=None):
-    """Train the critic by least squares on batch.returns, the targets of the estimator. Returns diagnostics.
+    """Train the critic by least squares on batch.targets. Returns diagnostics of its values before that.
 
-    With gae the targets are λ-returns (returns, with the critic's guess in place of a part of them),
-    otherwise Monte-Carlo returns. The loss is divided by their variance, so the gradient, and the effect of
-    clipping its norm, do not depend on the scale of the reward.
+    With gae the targets are λ-returns: returns, with the critic's values in place of a part of them. The
+    diagnostics compare the values with the Monte-Carlo returns G, which contain no value. The loss is divided
+    by Var[G], so the gradient, and the effect of clipping its norm, do not depend on the scale of the reward.
     (`Critic.rescale_output` achieves the same for the weights of the head.)
     """
     _, variance = mean_and_variance(batch.returns, batch.mask)
     variance = variance.where(variance > 0, torch.ones_like(variance))  # if all returns are equal
-    unexplained = masked_mean((batch.returns - batch.values) ** 2, batch.mask) / variance
+    error = batch.returns - batch.values
+    _, unexplained = mean_and_variance(error, batch.mask)
+    diagnostics = {"critic_loss": (masked_mean(error ** 2, batch.mask) / variance).item(),
+                   "explained_variance": 1 - (unexplained / variance).item()}
 
     def loss(part):
         values = critic(part.obs)
-        return without_rounding(values - part.returns, values, part.returns) ** 2 / variance
+        return without_rounding(values - part.targets, values, part.targets) ** 2 / variance
 
-    losses = []
     for minibatch in minibatches(batch, config.critic_epochs, config.minibatches, generator):
-        losses.append(mean_gradient(critic, loss, minibatch, config, config.max_grad_norm)["loss"])
+        mean_gradient(critic, loss, minibatch, config, config.max_grad_norm)
         optimizer.step()
-    return {"critic_loss": fmean(losses), "explained_variance": 1 - unexplained.item()}
+    return diagnostics
 
 
 # Second order.

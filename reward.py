@@ -365,8 +365,7 @@ def learn_reward(task, policy, tokenizer, config, generators):
     print(f"reward model: two completions of {n * count} prompts, {purpose}", flush=True)
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(2)]
-    texts, _, _ = complete(policy, policy, prompts, tokenizer, config, config.temperature,
-                           generators["sample"])
+    texts = complete(policy, policy, prompts, tokenizer, config, config.temperature, generators["sample"])
 
     # Comparisons to learn from, and others to test with: this process's share of them.
     if annotated:

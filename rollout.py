@@ -157,9 +157,9 @@ class Text(str):
     """A string that carries attributes: Text("7+5=", answer="12").answer is "12".
 
     A prompt may carry what its reward compares with. A completion carries `length`, its number of tokens with
-    the end of text; `ended`, whether it chose the end of text; and, for custom rewards and metrics,
-    `mean_ref_logprob`, its mean log-probability per token, in nats, under the reference policy at the run's
-    temperature.
+    the end of text; `ended`, whether it chose the end of text; `kl` and `entropy`, the sums over its actions,
+    in nats; and, for custom rewards and metrics, `mean_ref_logprob`, its mean log-probability per token, in
+    nats, under the reference policy at the run's temperature.
     """
 
     def __new__(cls, text, **attributes):
@@ -189,27 +189,21 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
     batch.logprobs, batch.ref_logprobs, batch.kl, batch.entropy = columns
 
     length = batch.mask.sum(1)  # (B,)
-    ended = (batch.mask & (batch.actions == tokenizer.eos_token)).any(1)
-    mean_ref_logprob = batch.ref_logprobs.masked_fill(~batch.mask, 0).sum(1) / length
-    rows = zip(completion_texts(batch, tokenizer), length.tolist(), ended.tolist(), mean_ref_logprob.tolist())
-    return batch, [Text(text, length=n, ended=end, mean_ref_logprob=mean) for text, n, end, mean in rows]
+    sums = [x.masked_fill(~batch.mask, 0).sum(1) for x in (batch.kl, batch.entropy, batch.ref_logprobs)]
+    attributes = {"length": length, "ended": (batch.mask & (batch.actions == tokenizer.eos_token)).any(1),
+                  "kl": sums[0], "entropy": sums[1], "mean_ref_logprob": sums[2] / length}
+    columns = [values.tolist() for values in attributes.values()]
+    return batch, [Text(text, **dict(zip(attributes, values)))
+                   for text, *values in zip(completion_texts(batch, tokenizer), *columns)]
 
 
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """`run_episodes` for any number of prompts, with --batch-size of them at a time.
-
-    Returns all completions, and the KL and entropy of all their actions, (n,) each.
-    """
+    """The completions of `run_episodes` for any number of prompts, with --batch-size of them at a time."""
     texts = []
-    kl = []
-    H = []
     for start in range(0, len(prompts), config.batch_size):
         some = prompts[start:start + config.batch_size]
-        batch, completions = run_episodes(policy, reference, some, tokenizer, config, temperature, generator)
-        texts += completions
-        kl.append(batch.kl[batch.mask])
-        H.append(batch.entropy[batch.mask])
-    return texts, torch.cat(kl), torch.cat(H)
+        texts += run_episodes(policy, reference, some, tokenizer, config, temperature, generator)[1]
+    return texts
 
 
 def check_fit(prompts, encode, max_new_tokens, block_size):

@@ -146,7 +146,6 @@ class Config:
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
-    "reinforce": dict(iterations=80),
     "ppo": dict(lr=5e-4),
     "reviews": dict(vocab_size=620, max_new_tokens=44),
     "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8,
@@ -200,23 +199,24 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     batch.scores = torch.tensor(score(task.reward, prompts, completions), device=mask.device)  # (B,)
     rewards = token_rewards(batch.scores, mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)  # (B, T)
 
-    # values
+    # returns and values
+    batch.returns = discounted_returns(rewards, mask, config.gamma)
     batch.values = torch.zeros_like(rewards)
     if critic is not None:
-        returns = discounted_returns(rewards, mask, config.gamma)
-        mean, variance = mean_and_variance(returns, mask)
+        mean, variance = mean_and_variance(batch.returns, mask)
         critic.rescale_output(mean, variance.sqrt())  # a trained critic keeps its values
         batch.values = map_micro_batches(lambda part: critic(part.obs), batch, config)  # without a graph
 
     # advantages, and the critic's targets
     estimator = ADVANTAGES[config.advantage]
-    batch.advantages, batch.returns = estimator(rewards, batch.scores, batch.values, mask, config)
+    batch.advantages, batch.targets = estimator(rewards, batch.scores, batch.values, mask, config)
     check_finite({"mean of the advantages": masked_mean(batch.advantages, mask).item()})
+    stats = episode_statistics(task, prompts, completions, batch, config)
     if config.whiten:
         batch.advantages = whiten(batch.advantages, mask)
     if all_equal(batch.scores):  # they teach nothing: the advantages are errors of the critic, at full size
         batch.advantages = torch.zeros_like(batch.advantages)
-    return batch, episode_statistics(task, prompts, completions, batch, config)
+    return batch, stats
 
 
 def episode_statistics(task, prompts, completions, batch, config):
@@ -224,16 +224,30 @@ def episode_statistics(task, prompts, completions, batch, config):
     def per_episode(numbers):
         return batch_mean(torch.as_tensor(numbers, dtype=torch.float32, device=batch.mask.device)).item()
 
+    def std(x, mask):
+        return mean_and_variance(x, mask)[1].sqrt().item()
+
     stats = {"reward": per_episode(batch.scores),
+             "reward_std": std(batch.scores, torch.ones_like(batch.scores, dtype=torch.bool)),
              "kl": masked_mean(batch.kl, batch.mask).item(),
              "entropy": masked_mean(batch.entropy, batch.mask).item(),
              "length": per_episode([text.length for text in completions]),
-             "ended": per_episode([text.ended for text in completions])}
+             "ended": per_episode([text.ended for text in completions]),
+             "advantage_std": std(batch.advantages, batch.mask)}
+    stats["objective"] = objective(stats, config)
     if task.true_reward:
         stats["true_reward"] = per_episode(score(task.true_reward, prompts, completions))
     groups = batch.scores.view(-1, config.group_size if config.group_size > 1 else len(batch.scores))
     stats["uniform_groups"] = per_episode((groups == groups[:, :1]).all(1))
     return stats
+
+
+def objective(stats, config):
+    """What RL maximizes: the mean score minus β times the KL of a whole text, which is KL per token × length.
+
+    It comes from the exact KL of each state. The penalty in the reward is an estimate with the same mean.
+    """
+    return stats["reward"] - config.kl_coef * stats["kl"] * stats["length"]
 
 
 # The RL loop.
@@ -259,7 +273,8 @@ def train(config, resume=False):
         seconds = time.perf_counter() - start
 
         # Raises TypeError if a custom algorithm returns a column that is there already.
-        row = dict(iteration=iteration, **stats, **update, **fit, seconds=seconds)
+        row = dict(iteration=iteration, episodes=iteration * config.batch_size, **stats, **update, **fit,
+                   seconds=seconds)
         row = {name: float(value) for name, value in row.items()}  # numpy's numbers would not be loaded again
         check_finite(row | {"sum of the weights": sum_of_weights(policy, critic)})  # NaN if any weight is
         run.log_iteration(row)
@@ -414,10 +429,10 @@ def evaluate(task, policy, reference, tokenizer, config):
 
     Returns (figures, samples). samples: a dict of prompt, completion, reward and metric for each sampled
     completion. figures, means over the sampled completions if nothing else is said:
-    reward, metric, length, ended, and true_reward if the task has one; reward_ci, the half-width of the 95%
-    interval of the reward, from the means of the prompts, because completions of one prompt are alike;
-    greedy, the metric of a greedy completion of each prompt; kl and entropy, means over actions; distinct_1
-    and distinct_2, the diversity of the completions.
+    reward, metric, length, ended, and true_reward if the task has one; greedy, the metric of a greedy
+    completion of each prompt; kl and entropy, means over actions; objective; distinct_1 and distinct_2, the
+    diversity of the completions; and NAME_ci for some, half the width of the 95% interval, from the means of
+    the prompts, because completions of one prompt are alike.
     Raises BadInput for prompts that are too long.
     """
     check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens,
@@ -425,20 +440,26 @@ def evaluate(task, policy, reference, tokenizer, config):
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
     seed_globally(12345)
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
-    texts, kl, H = complete(policy, reference, prompts, tokenizer, config, config.temperature, generator)
-    greedy, _, _ = complete(policy, reference, task.heldout, tokenizer, config, 0, generator)
+    texts = complete(policy, reference, prompts, tokenizer, config, config.temperature, generator)
+    greedy = complete(policy, reference, task.heldout, tokenizer, config, 0, generator)
 
     functions = {"reward": task.reward, "true_reward": task.true_reward, "metric": task.metric}
     numbers = {name: score(f, prompts, texts) for name, f in functions.items() if f is not None}
     n = min(len(task.heldout), len(prompts))  # different prompts
-    by_prompt = [fmean(numbers["reward"][i::n]) for i in range(n)]  # prompt i has rows i, i + n, …
 
-    figures = {"reward": fmean(numbers["reward"]), "reward_ci": half_width(by_prompt)}
-    figures |= {name: fmean(values) for name, values in numbers.items()}
-    figures |= {"greedy": fmean(score(task.metric, task.heldout, greedy)),
-                "kl": kl.mean().item(), "entropy": H.mean().item(),
+    def ci(values):
+        return half_width([fmean(values[i::n]) for i in range(n)])  # prompt i has rows i, i + n, …
+
+    figures = {name: fmean(values) for name, values in numbers.items()}
+    figures |= {f"{name}_ci": ci(values) for name, values in numbers.items()}
+    figures["greedy"] = fmean(score(task.metric, task.heldout, greedy))
+    length = fmean(text.length for text in texts)
+    kl = fmean(text.kl for text in texts) / length  # per action
+    figures |= {"kl": kl, "kl_ci": ci([text.kl - kl * text.length for text in texts]) / length,
+                "entropy": fmean(text.entropy for text in texts) / length,
                 "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
-                "length": fmean(text.length for text in texts), "ended": fmean(text.ended for text in texts)}
+                "length": length, "ended": fmean(text.ended for text in texts)}
+    figures["objective"] = objective(figures, config)
     samples = [{"prompt": prompt, "completion": text, **dict(zip(numbers, values))}
                for prompt, text, *values in zip(prompts, texts, *numbers.values())]
     return figures, samples
@@ -464,14 +485,19 @@ def metric_name(task):
 def print_figures(task, columns):
     """Print the figures of `evaluate`. columns: {title: figures}."""
     metric = metric_name(task)
-    labels = {"reward": "reward", "reward_ci": "± (95%)", "true_reward": "true reward",
-              "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats",
-              "entropy": "entropy, nats", "distinct_1": "share of distinct words",
+    labels = {"reward": "reward", "true_reward": "true reward", "metric": metric,
+              "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats", "entropy": "entropy, nats",
+              "objective": "reward − β·KL of a text", "distinct_1": "share of distinct words",
               "distinct_2": "share of distinct pairs", "length": "length, tokens", "ended": "ended"}
-    print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>10}" for title in columns))
+    print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>16}" for title in columns))
     for name, label in labels.items():
         if name in next(iter(columns.values())):
-            print(f"{label:25}" + "".join(f"{figures[name]:10.3f}" for figures in columns.values()))
+            cells = []
+            for figures in columns.values():
+                ci = figures.get(f"{name}_ci", math.nan)
+                text = f"{figures[name]:.3f}" if math.isnan(ci) else f"{figures[name]:.3f} ± {ci:.3f}"
+                cells.append(f"{text:>16}")
+            print(f"{label:25}" + "".join(cells))
 
 
 def warnings(history):
@@ -831,9 +857,12 @@ files of a run, in runs/NAME
   result.json              the evaluations before and after RL, and what produced them
 
 columns of metrics.csv
+  episodes                 sampled so far
   reward, length, ended    means over episodes: score without KL penalty; number of actions; share that chose
                            the end of text
   kl, entropy              exact KL from the reference policy, and entropy, in nats per token
+  objective                reward - kl_coef × kl × length, which RL maximizes
+  reward_std, advantage_std   standard deviations of scores, and of advantages before whitening
   true_reward              the task's own reward, if the reward is learned
   uniform_groups           share of the prompts whose completions all have the same score; with --group-size 1
                            1 if all scores of the batch are equal
@@ -845,14 +874,15 @@ columns of metrics.csv
   surrogate_gain           improvement of the surrogate (trpo)
   step_norm                length of the step, in weights (trpo)
   cg_relative_residual     unsolved part of F x = g, as |r| / |g| (trpo)
-  critic_loss              E[(G-V)²] / Var[G], mean over the minibatches of the critic's training
-  explained_variance       1 - E[(G-V)²] / Var[G] before that training; below 0 is worse than a constant
+  critic_loss              E[(G-V)²] / Var[G], before the critic is trained on G, the Monte-Carlo returns
+  explained_variance       1 - Var[G-V] / Var[G], likewise; below 0 is worse than a constant
   seconds                  of the iteration
 
 columns of eval.csv, over completions of held-out prompts
-  reward, reward_ci        mean, and half the width of its 95% interval
-  metric, greedy           mean of the task's metric; the same of greedy completions
-  kl, entropy, length, ended, true_reward   as above
+  reward, metric           means of the reward and of the task's metric
+  greedy                   the metric of greedy completions
+  reward_ci, metric_ci, kl_ci   half the width of a 95% interval over prompts, for this set of weights
+  kl, entropy, objective, length, ended, true_reward   as above
   distinct_1, distinct_2   share of different words, or pairs of words, among the first 1,000; nan if fewer
 
 exit status: 2 for unusable input, 3 for a number that is not finite, 130 for Ctrl-C, 1 with Python's

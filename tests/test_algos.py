@@ -110,10 +110,10 @@ def make_batch(policy, temperature=1.0, seed=1):
     start = torch.tensor([0, 1, 2, 0, 0, 3])[:, None]
     end = torch.tensor([5, 5, 4, 2, 1, 4])[:, None]
     mask = (torch.arange(T) >= start) & (torch.arange(T) < end)
-    advantages, returns = rand(2, B, T, seed=seed + 1)
+    advantages, targets, returns = rand(3, B, T, seed=seed + 1)
     with torch.no_grad():
         logprobs = action_log_probs(log_probs(policy, obs, temperature), actions)
-    return Batch(obs, actions, mask, logprobs, advantages, returns, torch.zeros_like(returns))
+    return Batch(obs, actions, mask, logprobs, advantages, targets, torch.zeros_like(returns), returns)
 
 
 def action_states(batch):
@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight(policy, update, value):
     model = Critic(policy.config, policy).double() if update is fit_critic else policy
     batch, before = make_batch(policy), weights(model)
     batch.advantages[0, batch.mask[0]] = value
-    batch.returns[0, batch.mask[0]] = value
+    batch.targets[0, batch.mask[0]] = value
     message = "the (loss|surrogate|norm of the gradient) is (nan|inf|-inf)"
     with pytest.raises(FloatingPointError, match=message):
         run(update, model, batch, sgd(model))
@@ -318,7 +318,7 @@ def test_micro_batches_hold_every_action_once_in_parts_of_like_length(policy):
         assert sum(part.mask.sum() for _, part in parts) == batch.mask.sum()
         for index, part in parts:
             assert part.mask[:, -1].any()  # no column after the longest row's end
-            assert torch.equal(part.returns, batch.returns[index, :part.mask.shape[1]])
+            assert torch.equal(part.targets, batch.targets[index, :part.mask.shape[1]])
         lengths = [part.mask.shape[1] for _, part in parts]
         assert lengths == sorted(lengths, reverse=True)
     assert [len(part.mask) for _, part in micro_batches(batch, 1)] == [1] * B
@@ -456,29 +456,39 @@ def test_ppo_ends_where_the_policy_is_no_longer_a_number():
 def test_critic_fit_is_least_squares_on_the_actions(policy):
     batch = make_batch(policy)
     batch.obs = rand(B, T, 3, seed=7)
-    X, y = batch.obs[batch.mask], batch.returns[batch.mask]
+    X, y, G = batch.obs[batch.mask], batch.targets[batch.mask], batch.returns[batch.mask]
     critic = Linear(3)
-    step, stats = move(fit_critic, critic, batch)
-    variance = y.var(unbiased=False)
+    step, _ = move(fit_critic, critic, batch)
+    variance = G.var(unbiased=False)
     torch.testing.assert_close(step, 2 * X.T @ y / len(y) / variance)  # minus the loss's gradient at w = 0
-    assert stats["critic_loss"] == pytest.approx(((y ** 2).mean() / variance).item())
-    assert stats["explained_variance"] == pytest.approx(1 - stats["critic_loss"])  # the batch's values are 0
     run(fit_critic, critic, batch, sgd(critic, 0.1), critic_epochs=300)
     torch.testing.assert_close(critic.w.detach(), torch.linalg.lstsq(X, y[:, None]).solution[:, 0])
+
+
+def test_the_critic_is_judged_by_monte_carlo_returns_before_it_is_trained(policy):
+    batch = make_batch(policy)
+    critic = Linear(3)
+    batch.obs = rand(B, T, 3, seed=7)
+    G = batch.returns[batch.mask]
+    for values, loss, explained in [
+            (torch.zeros_like(G), (G ** 2).mean() / G.var(unbiased=False), 0), (G, 0, 1), (G - 3, None, 1),
+            (G / 2, None, 0.75), (-G, None, -3), (G.mean().expand_as(G), 1, 0)]:
+        batch.values[batch.mask] = values
+        stats = run(fit_critic, critic, batch, sgd(critic, 0.1))
+        assert stats["explained_variance"] == pytest.approx(explained, abs=1e-9)
+        if loss is not None:
+            assert stats["critic_loss"] == pytest.approx(float(loss))
 
 
 def test_critic_fit_passes_over_the_minibatches(policy):
     batch = make_batch(policy)
     critic = Recorder(Critic(policy.config, policy).double())
-    stats = run(fit_critic, critic, batch, sgd(critic, 0.0), epochs=7, critic_epochs=3, minibatches=2)
+    run(fit_critic, critic, batch, sgd(critic, 0.0), epochs=7, critic_epochs=3, minibatches=2)
     parts = list(minibatches(batch, 3, 2, generator()))
     assert len(critic.seen) == len(parts) == 6
     for obs, mb in zip(critic.seen, parts):
         longest = obs.shape[1]
         assert sorted(obs.tolist()) == sorted(mb.obs[:, :longest].tolist()) and not mb.mask[:, longest:].any()
-    losses = [(mb.returns[mb.mask] ** 2).mean().item() for mb in parts]  # the critic's values are 0
-    variance = batch.returns[batch.mask].var(unbiased=False).item()
-    assert stats["critic_loss"] == pytest.approx(sum(losses) / 6 / variance)
 
 
 # Conjugate gradient.

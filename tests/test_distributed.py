@@ -69,7 +69,8 @@ def my_batch(policy):
     noise = rand(B, T)
     obs, actions = tokens[:, :-1], tokens[:, 1:]
     logp = action_log_probs(log_probs(policy, obs, TEMPERATURE), actions).detach()
-    whole = Batch(obs, actions, mask, logp + 0.02 * noise.sin(), 2 * noise + 1, noise, noise.cos())
+    whole = Batch(obs, actions, mask, logp + 0.02 * noise.sin(), 2 * noise + 1, noise, noise.cos(),
+                  noise.exp())
     rank, count = processes()
     mine = whole.rows(slice(rank * B // count, (rank + 1) * B // count))
     mine.advantages = whiten(mine.advantages, mine.mask)

@@ -118,7 +118,8 @@ def test_published_grpo_is_the_gradient_of_its_objective(monkeypatch):
     ref_logprobs = logprobs - torch.rand(6, 4, generator=generator, dtype=torch.float64)
     scores = torch.tensor([1, 0, 0, 0.5, 0.5, 0.5], dtype=torch.float64)
     nothing = torch.full((6, 4), math.nan)  # what it must not read
-    batch = Batch(obs, actions, mask, logprobs, nothing, nothing, nothing, ref_logprobs, scores)
+    batch = Batch(obs, actions, mask, logprobs, nothing, nothing, nothing, nothing, ref_logprobs,
+                  scores)
     config = SimpleNamespace(temperature=1.0, micro_batch=1024, clip=0.2, epochs=1, minibatches=1,
                              max_grad_norm=1e9, kl_coef=0.3, group_size=3)
     grpo(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config, None)

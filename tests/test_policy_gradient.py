@@ -97,7 +97,7 @@ class Texts:
         policy = copy.deepcopy(self.policy)
         logp = self.log_probabilities(policy).detach()
         batch = Batch(self.tokens[rows, :-1], self.tokens[rows, 1:], self.mask[rows], logp[rows], advantages,
-                      advantages, 0 * advantages)
+                      advantages, 0 * advantages, advantages)
         config = SimpleNamespace(temperature=1.0, micro_batch=1024, max_grad_norm=1e9, clip=0.2, epochs=1,
                                  minibatches=1, target_kl=1, delta=0.01, cg_iters=1, damping=1e9,
                                  fisher_fraction=1.0)

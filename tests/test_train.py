@@ -10,7 +10,8 @@ import subprocess
 import sys
 import traceback
 from dataclasses import asdict, replace
-from statistics import fmean
+from itertools import islice
+from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import numpy as np
@@ -273,7 +274,8 @@ def test_the_unit_of_the_reward_changes_nothing(out, algo):
         assert go(out, *options, "--task", out / file) is None
         tables.append(rows(out / f"unit-{algo}-{beta}"))
     for one, other in zip(*tables):
-        assert float(other.pop("reward")) == pytest.approx(100 * float(one.pop("reward")), rel=1e-3)
+        for name in ("reward", "reward_std", "objective", "advantage_std"):
+            assert float(other.pop(name)) == pytest.approx(100 * float(one.pop(name)), rel=1e-3)
         one.pop("cg_relative_residual", None)  # what ten products leave is rounding here
         for name, value in one.items():
             assert float(other[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
@@ -604,7 +606,7 @@ def test_collect_aligns_every_number_with_its_action(world, advantage, whiten):
     logp, ref = explain(policy, batch.obs), explain(reference, batch.obs)
     values = critic(batch.obs).detach() if critic else torch.zeros(batch.mask.shape)
     assert torch.equal(batch.obs[:, 1:], batch.actions[:, :-1])  # an action is the next observation
-    scores, kls, entropies, ends, advantages, targets, prompts = [], [], [], [], [], [], []
+    scores, kls, entropies, ends, advantages, targets, returns, prompts = [], [], [], [], [], [], [], []
     for b, mask in enumerate(batch.mask):
         steps = mask.nonzero().squeeze(1).tolist()
         actions = batch.actions[b, mask].tolist()
@@ -625,6 +627,7 @@ def test_collect_aligns_every_number_with_its_action(world, advantage, whiten):
         rewards = (-0.3 * (p[taken] - q[taken])).tolist()
         rewards[-1] += scores[-1]
         n, v = len(steps), [*values[b, mask].tolist(), 0.0]
+        returns.append([sum(0.9 ** (k - i) * rewards[k] for k in range(i, n)) for i in range(n)])
         if advantage == "gae":
             delta = [rewards[i] + 0.9 * v[i + 1] - v[i] for i in range(n)]
             advantages.append([sum(0.72 ** k * delta[i + k] for k in range(n - i)) for i in range(n)])
@@ -636,22 +639,26 @@ def test_collect_aligns_every_number_with_its_action(world, advantage, whiten):
         assert prompts[::2] == prompts[1::2]
         totals = [row[0] for row in advantages]
         advantages = [[totals[b] - totals[b ^ 1]] * len(row) for b, row in enumerate(advantages)]
-    expected, returns = torch.tensor(sum(advantages, [])), torch.tensor(sum(targets, []))
+    expected, targets = torch.tensor(sum(advantages, [])), torch.tensor(sum(targets, []))
+    advantage_std = expected.std(unbiased=False).item()
     if whiten:
         expected = (expected - expected.mean()) / expected.std(unbiased=False)
     torch.testing.assert_close(batch.advantages[batch.mask], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(batch.targets[batch.mask], targets, rtol=1e-3, atol=1e-3)
+    returns = torch.tensor(sum(returns, []))
     torch.testing.assert_close(batch.returns[batch.mask], returns, rtol=1e-3, atol=1e-3)
 
     assert 0 < sum(ends) < 32 and set(prompts) == {*task.prompts}  # each case occurred
     means = {"reward": fmean(scores), "kl": fmean(kls), "entropy": fmean(entropies), "ended": fmean(ends),
-             "length": len(kls) / 32}
+             "length": len(kls) / 32, "reward_std": torch.tensor(scores).std(unbiased=False).item(),
+             "advantage_std": advantage_std, "objective": fmean(scores) - 0.3 * sum(kls) / 32}
     means["uniform_groups"] = fmean(scores[b] == scores[b + 1] for b in range(0, 32, 2))
     assert means["uniform_groups"] < 1
     if advantage != "rloo":
         still = torch.optim.SGD(critic.parameters(), 0.0)
         errors = returns - values[batch.mask]
         stats |= {"explained_variance": fit_critic(critic, batch, still, config)["explained_variance"]}
-        means["explained_variance"] = 1 - (errors ** 2).mean().item() / returns.var(unbiased=False).item()
+        means["explained_variance"] = 1 - errors.var().item() / returns.var().item()
     assert stats == pytest.approx(means, rel=1e-3)
     assert batch.scores.tolist() == scores
     until_end = batch.mask.flip(1).cumsum(1).flip(1) > 0  # prompts included
@@ -687,11 +694,18 @@ def test_evaluate_reports_means_over_held_out_prompts(world):
         entropies += (-logp.exp() * logp).sum(-1).tolist()
     texts = [completion for _, completion in pairs]
     rewards = torch.tensor([task.reward(*pair) for pair in pairs], dtype=torch.float64)
-    prompts = torch.stack([rewards[i::4].mean() for i in range(4)])  # completions of one prompt are alike
+
+    def interval(values):  # of four prompts, because completions of one prompt are alike
+        return 3.182 * stdev(fmean(values[i::4]) for i in range(4)) / 4 ** 0.5
+
+    steps = iter(kls)
+    kl_less_mean = [sum(islice(steps, n)) - fmean(kls) * n for n in lengths]
     assert 0 < figures["ended"] < 1
     expected = {
-        "reward": rewards.mean().item(), "reward_ci": 3.182 * prompts.std().item() / 4 ** 0.5,
-        "metric": fmean(map(len, texts)), "greedy": fmean(len(text) for _, text in greedy),
+        "reward": rewards.mean().item(), "reward_ci": interval(rewards.tolist()),
+        "metric": fmean(map(len, texts)), "metric_ci": interval([*map(len, texts)]),
+        "kl_ci": interval(kl_less_mean) / fmean(lengths),
+        "objective": rewards.mean().item() - config.kl_coef * sum(kls) / 50, "greedy": fmean(len(text) for _, text in greedy),
         "kl": fmean(kls), "entropy": fmean(entropies), "length": fmean(lengths),
         "ended": fmean(text.ended for text in texts),
         "distinct_1": reward.distinct_n(texts, 1), "distinct_2": reward.distinct_n(texts, 2)}

@@ -99,8 +99,10 @@ def collect(policy, critic, config, generator):
         values = critic(obs)  # (B, T+1)
         logp = action_log_probs(log_probs(policy, obs[:, :-1], config.temperature), actions)
     bootstrap = values[:, -1] * cut  # a fallen pole earns nothing more; a cut episode would have gone on
-    advantages, returns = gae(mask.float(), values[:, :-1], mask, config.gamma, config.lam, bootstrap)
-    return Batch(obs[:, :-1], actions, mask, logp, whiten(advantages, mask), returns, values[:, :-1])
+    rewards, values = mask.float(), values[:, :-1]
+    advantages, targets = gae(rewards, values, mask, config.gamma, config.lam, bootstrap)
+    _, returns = gae(rewards, values, mask, config.gamma, 1, bootstrap)  # λ = 1: Monte-Carlo
+    return Batch(obs[:, :-1], actions, mask, logp, whiten(advantages, mask), targets, values, returns)
 
 
 def learn(algo, seed, show=lambda line: None):

@@ -453,10 +453,10 @@ def arguments(options):
     return words
 
 
-def train_all(planned, script, jobs):
+def train_all(planned, script, jobs, finished=lambda run: None):
     """Train what is not finished, `jobs` runs at once. Returns {path: exit status} of the runs that failed.
 
-    The first run of each pretraining goes ahead alone until its weights are there for the others.
+    finished: called with each Planned run when it has been trained. The first run of each pretraining goes ahead alone until its weights are there for the others.
     """
     waiting = [run for run in planned if run.state != "finished"]
     running = {}  # {process: (run, its start)}
@@ -471,7 +471,9 @@ def train_all(planned, script, jobs):
                 running[start_process(ready[0], script)] = (ready[0], time.time())
             for process in [process for process in running if process.poll() is not None]:
                 run, _ = running.pop(process)
-                if process.returncode:
+                if process.returncode == 0:
+                    finished(run)
+                else:
                     failed[run.path] = process.returncode
                     print(f"\nerror: {run.path} is left out: {last_line(run)}", file=sys.stderr)
             n_finished = len(planned) - len(waiting) - len(running)
