@@ -11,6 +11,7 @@ help; and logging services, because metrics.csv is enough.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
@@ -30,6 +31,7 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.nn.utils.rnn import pad_sequence
 
 from advantage import (
@@ -376,8 +378,6 @@ def prepare(config, resume):
     """
     device = set_up(config)
     path = Path(config.out) / config.name
-    if processes()[0] == 0:
-        claim_run_dir(path, config, replaces=resume or config.overwrite)
     task = load_seeded_task(config)
     hash_of_prompts = prompts_hash(task)
 
@@ -413,8 +413,9 @@ def prepare(config, resume):
             raise BadInput(f"{path} has done {done} iterations: give more --iterations")
 
     before = run.evaluate(reference)
-    prepare_run_dir(path, config, resume)
+    clear_run_dir(path, resume)
     run.save()  # before any other file: from here --resume repeats the evaluation and writes the others
+    write_json(path / "config.json", asdict(config))
     run.log_evaluation(0, *before)
     print(f"\n{config.algo} with {config.advantage} on {config.task}: "
           f"{sum(p.numel() for p in policy.parameters()):,} weights, device: {device}, "
@@ -487,8 +488,8 @@ def print_figures(task, columns):
     metric = metric_name(task)
     labels = {"reward": "reward", "true_reward": "true reward", "metric": metric,
               "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats", "entropy": "entropy, nats",
-              "objective": "reward − β·KL of a text", "distinct_1": "share of distinct words",
-              "distinct_2": "share of distinct pairs", "length": "length, tokens", "ended": "ended"}
+              "distinct_1": "share of distinct words", "distinct_2": "share of distinct pairs",
+              "length": "length, tokens", "ended": "ended", "objective": "reward − β·KL of a text"}
     print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>16}" for title in columns))
     for name, label in labels.items():
         if name in next(iter(columns.values())):
@@ -727,80 +728,50 @@ def write_table(path, rows):
 
 
 def written_files(run, suffix=""):
-    """The files of a run except config.json, its checkpoint first. run: the directory."""
-    names = ("checkpoint.pt", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
+    """The files of a run, its checkpoint first. run: the directory."""
+    names = ("checkpoint.pt", "config.json", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
     return [file for name in names for file in run.glob(name + suffix)]
 
 
-def claim_run_dir(run, config, replaces):
-    """Make the directory of a new run, with a config.json that names this process. Raises BadInput.
+@contextlib.contextmanager
+def claimed(run, replaces):
+    """Make the directory of a run, and lock it until the block or this process has ended. Raises BadInput.
 
-    A second process is refused, also before the first checkpoint. If `replaces`, nothing is written yet.
+    replaces: whether the directory may hold something. Under torchrun only the first process does this.
     """
-    check_not_running(run)
-    if replaces:
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield
         return
+    lock = FileLock(run / ".lock", timeout=0)
     try:
-        if written_files(run):
-            raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
         run.mkdir(parents=True, exist_ok=True)
-        if process_of(run) is not None:
-            (run / "config.json").unlink()  # of a run that was killed in pretraining
-        with open(run / "config.json", "x", encoding="utf-8") as file:  # "x": only one process succeeds
-            json.dump({**asdict(config), "process": os.getpid()}, file)
+        lock.acquire()
+    except Timeout:
+        raise BadInput(f"{run} is being trained by another process: wait, or give another --name")
     except OSError as e:
         raise BadInput(f"cannot make {run}: give another --out or --name ({e.strerror})")
-
-
-def check_not_running(run):
-    """Raises BadInput if another process that is alive trains the run."""
-    process = process_of(run)
-    if process in (None, os.getpid()) or os.name != "posix":
-        return
     try:
-        os.kill(process, 0)  # signal 0 only asks
-    except PermissionError:
-        pass  # it is alive, and another user's
-    except (OSError, OverflowError):
-        return
-    raise BadInput(f"{run} is being trained by process {process}: wait, or give another --name (if it is "
-                   "another program, delete its number from config.json)")
+        if not replaces and {*run.iterdir()} - {run / ".lock", *written_files(run, ".*.part")}:
+            raise BadInput(f"{run} exists: give another --name, --overwrite to replace it, or --resume {run}")
+        yield
+    finally:
+        (run / ".lock").unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):
+            run.rmdir()  # if nothing was written
 
 
-def process_of(run):
-    """The number of the process that config.json names; None if it names none."""
-    try:
-        process = json.loads((run / "config.json").read_text(encoding="utf-8"))["process"]
-        return process if type(process) is int and process > 1 else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def release_run_dir(run):
-    """Take this process's number out of config.json, and delete what `claim_run_dir` made for nothing."""
-    if process_of(run) == os.getpid():
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        del config["process"]
-        write_json(run / "config.json", config)
-        if not written_files(run):
-            (run / "config.json").unlink()
-            if not any(run.iterdir()):
-                run.rmdir()
-
-
-def prepare_run_dir(run, config, resume):
-    """Delete the files of a run that is replaced, or the result of one that is resumed; write config.json.
+def clear_run_dir(run, resume):
+    """Delete the files of a run that is replaced, or the result of one that is resumed.
 
     The checkpoint goes first, so a crash cannot leave it with the tables of another run.
     """
     if processes()[0] == 0:
-        check_not_running(run)
         for file in written_files(run):
             if not resume or file.name == "result.json":
                 file.unlink()
         for file in written_files(run, ".*.part"):  # left by a process that was killed
             file.unlink()
-    write_json(run / "config.json", {**asdict(config), "process": os.getpid()})
 
 
 def provenance(run):
@@ -965,7 +936,6 @@ def config_of_run(args, given, parser):
         parser.error(f"there is no run in {run} (no config.json): use a directory such as runs/NAME")
     try:
         saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        saved.pop("process", None)
         saved |= {"out": str(run.parent), "name": run.name, "overwrite": False}
         if ({*saved} - {f.name for f in fields(Config)} or saved["algo"] not in ALGOS
                 or saved["advantage"] not in ADVANTAGES):
@@ -1068,7 +1038,8 @@ def main(argv=None):
         if args.eval:
             evaluate_again(config)
         else:
-            train(config, resume=bool(args.resume))
+            with claimed(run, replaces=bool(args.resume) or config.overwrite):
+                train(config, resume=bool(args.resume))
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -1088,8 +1059,6 @@ def main(argv=None):
                 advice += f" --task {config.task}"
         print(f"\ninterrupted: to go on, {advice}", file=sys.stderr)
         return 130
-    finally:
-        release_run_dir(run)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_a_folder_with_somebody_elses_config_keeps_it(tmp_path, capsys):
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "gpt2" / "film.part").write_text("x")
     before = contents(tmp_path / "gpt2")
-    assert go(tmp_path, "--name", "gpt2") == 2 and "File exists" in capsys.readouterr().err
+    assert go(tmp_path, "--name", "gpt2") == 2 and "exists: give another" in capsys.readouterr().err
     assert contents(tmp_path / "gpt2") == before
 
 
@@ -373,7 +373,7 @@ def test_an_existing_run_is_replaced_only_on_request(out, capsys):
 
 @pytest.mark.parametrize("options, expected", [
     ("", dict(task="reviews", algo="trpo", iterations=40, vocab_size=620, max_new_tokens=44, whiten=1)),
-    ("--algo reinforce", dict(iterations=80, name="reviews-reinforce-0")),
+    ("--algo reinforce", dict(iterations=40, name="reviews-reinforce-0")),
     ("--algo reinforce --iterations 7 --seed 4", dict(iterations=7, name="reviews-reinforce-4")),
     ("--algo ppo --advantage rloo", dict(lr=5e-4, whiten=0, name="reviews-ppo-rloo-0")),
     ("--advantage grpo --whiten 1 --name mine", dict(whiten=1, name="mine")),
@@ -714,6 +714,15 @@ def test_evaluate_reports_means_over_held_out_prompts(world):
     assert (again, same) == (pytest.approx(figures, rel=0, abs=0, nan_ok=True), samples)
 
 
+def test_an_interval_is_printed_beside_its_figure(world, capsys):
+    task, policy, reference, _, tokenizer, config = world
+    figures, _ = train.evaluate(task, policy, reference, tokenizer, config)
+    train.print_figures(task, {"after": figures})
+    printed = capsys.readouterr().out
+    for label, name in [("reward", "reward"), ("KL to the reference, nats", "kl")]:
+        assert re.search(rf"^{label} +{figures[name]:.3f} ± {figures[name + '_ci']:.3f}$", printed, re.M)
+
+
 def test_the_interval_does_not_shrink_where_completions_of_a_prompt_are_the_same(world):
     """4 prompts whose rewards depend on the prompt alone: 10,000 completions say no more than 4."""
     task, policy, reference, _, tokenizer, config = world
@@ -727,16 +736,22 @@ def test_the_interval_does_not_shrink_where_completions_of_a_prompt_are_the_same
 
 def test_eval_repeats_the_figures_of_a_run_and_changes_nothing(out, capsys):
     assert go(out, "--name", "judged") is None
+    figures = read(out / "judged" / "result.json")["after"]
     after = [math.nan if value is None else value
-             for value in read(out / "judged" / "result.json")["after"].values()]
+             for name, value in figures.items() if not name.endswith("_ci")]
     before = contents(out)
-    table = re.findall(r"^(\S.*?) +\S+ +(nan|-?\d+\.\d+)$", capsys.readouterr().out, re.M)
+    number = r"(nan|-?\d+\.\d+)(?: ± (\S+))?"
+    printed = re.findall(rf"^(\S.*?) +{number} +{number}$", capsys.readouterr().out, re.M)
+    table = [(label, value) for label, _, _, value, _ in printed]
+    intervals = {label: float(ci) for label, *_, ci in printed if ci}
+    assert figures["kl_ci"] is None and not intervals  # one held-out prompt
     assert [float(value) for _, value in table] == pytest.approx(after, abs=6e-4, nan_ok=True)
 
     def evaluated(*options):
         """The [(label, figure)] that --eval prints."""
         assert train.main(["--eval", str(out / "judged"), "--task", str(out / "mine.py"), *options]) is None
-        return re.findall(r"^(\S.*?) +(nan|-?\d+\.\d+)$", capsys.readouterr().out, re.M)
+        found = re.findall(rf"^(\S.*?) +{number}$", capsys.readouterr().out, re.M)
+        return [(label, value) for label, value, _ in found]
 
     assert evaluated() == table
     label = "entropy, nats"

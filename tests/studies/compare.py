@@ -44,8 +44,7 @@ All other options are those of train.py or of the script, see python train.py --
 """
 
 # Options that do not change what a run computes, or only say where and how it is computed.
-INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "micro_batch", "eval_every", "save_every",
-              "process")
+INCIDENTAL = ("name", "out", "overwrite", "device", "threads", "micro_batch", "eval_every", "save_every")
 WINDOW = 5  # iterations whose mean reward is compared with the goal
 
 
