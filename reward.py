@@ -140,7 +140,7 @@ def load_task(name, seed):
 
 
 def check_comparisons(name, comparisons):
-    """Raises BadInput unless they are a list of (prompt, better, worse), of at least two prompts."""
+    """Raises BadInput unless they are a list of (prompt, better, worse), of at least three prompts."""
     if not isinstance(comparisons, (list, tuple)) or not comparisons:
         raise BadInput(f"{name}: preferences must be a function, or a list of (prompt, better, worse)")
     for comparison in comparisons:
@@ -149,8 +149,8 @@ def check_comparisons(name, comparisons):
             raise BadInput(f"{name}: the preference {comparison!r:.200} must be (prompt, better, worse)")
         if comparison[1] == comparison[2]:
             raise BadInput(f"{name}: the preference {comparison!r:.200} has the same text twice")
-    if len({prompt for prompt, *_ in comparisons}) < 2:
-        raise BadInput(f"{name}: preferences need two different prompts, one of them to be held out")
+    if len({prompt for prompt, *_ in comparisons}) < 3:
+        raise BadInput(f"{name}: preferences need three different prompts, two of them to be held out")
 
 
 def call(function, prompt, completion):
@@ -282,28 +282,36 @@ def choose_comparisons(task, tokenizer, config, block_size):
 
 
 def hold_out(comparisons, prompts, seed):
-    """(comparisons to learn from, about a tenth to test with, which are all of some prompts), at random.
+    """Split comparisons at random into [to learn from, to choose an epoch by, to test with].
 
+    The last two have about a tenth each. All comparisons of a prompt are in the same one.
     prompts: one for each comparison, or one for each prompt if all occur about equally often.
     """
     counts = Counter(prompts)
-    others = set()
-    n = 0
-    for prompt in random.Random(seed).sample(sorted(counts), len(counts)):
-        if n < len(prompts) / 10 and n + counts[prompt] <= len(prompts) / 5:
-            others.add(prompt)
-            n += counts[prompt]
-    others = others or {min(sorted(counts), key=counts.get)}  # each prompt has more than a fifth
-    return ([comparison for comparison in comparisons if comparison[0] not in others],
-            [comparison for comparison in comparisons if comparison[0] in others])
+    free = random.Random(seed).sample(sorted(counts), len(counts))
+    which = dict.fromkeys(free, 0)
+    for number in (1, 2):
+        n = 0
+        for prompt in [*free]:
+            if n < len(prompts) / 10 and n + counts[prompt] <= len(prompts) / 5:
+                which[prompt] = number
+                n += counts[prompt]
+                free.remove(prompt)
+        if n == 0 and free:  # each prompt has more than a fifth
+            rarest = min(free, key=counts.get)
+            which[rarest] = number
+            free.remove(rarest)
+    return [[comparison for comparison in comparisons if which[comparison[0]] == number]
+            for number in range(3)]
 
 
-def fit_reward(model, batch, heldout, optimizer, config, generator=None):
+def fit_reward(model, batch, validation, test, optimizer, config, generator=None):
     """Train a reward model on comparisons by maximum likelihood, with the loss -log σ(r(better) - r(worse)).
 
-    model: a Critic, whose value at the last token of a text is its reward r.  batch, heldout: see `to_batch`.
-    Takes about reward_steps steps of 64 comparisons, in whole epochs, and keeps the weights of the epoch that
-    is best on heldout. Returns {"loss", "accuracy"} there.
+    model: a Critic, whose value at the last token of a text is its reward r.
+    batch, validation, test: Batches of `to_batch`. Takes about reward_steps steps of 64 comparisons, in whole
+    epochs, and keeps the weights of the epoch that is best on validation. Returns {"loss", "accuracy"} on
+    test, because those on validation are too good: it was chosen by them.
     Bradley & Terry 1952; as a reward for RL: Christiano et al. 2017; of texts: Stiennon et al. 2020.
     """
     def margin(part):
@@ -314,21 +322,24 @@ def fit_reward(model, batch, heldout, optimizer, config, generator=None):
     def loss(part):
         return -F.logsigmoid(margin(part))
 
+    def figures(comparisons):
+        margins = map_micro_batches(margin, comparisons, config)  # (N, 1)
+        return {"loss": batch_mean(-F.logsigmoid(margins)).item(),
+                "accuracy": batch_mean(0.5 + 0.5 * margins.sign()).item()}  # a tie is half right
+
     steps_per_epoch = math.ceil(all_sum(batch.mask.sum()).item() / 64)
-    best = {"loss": math.inf}
+    best = math.inf
     for _ in range(max(1, round(config.reward_steps / steps_per_epoch))):
         for minibatch in minibatches(batch, 1, steps_per_epoch, generator):
             mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
             optimizer.step()
-        margins = map_micro_batches(margin, heldout, config)  # (N, 1)
-        found = {"loss": batch_mean(-F.logsigmoid(margins)).item(),
-                 "accuracy": batch_mean(0.5 + 0.5 * margins.sign()).item()}  # a tie is half right
-        if found["loss"] < best["loss"]:
-            best = found
+        loss_now = figures(validation)["loss"]
+        check_finite({"loss of the reward model": loss_now})
+        if loss_now < best:
+            best = loss_now
             weights = copy.deepcopy(model.state_dict())
-    check_finite(best)
     model.load_state_dict(weights)
-    return best
+    return figures(test)
 
 
 def standardize(model, rewards):
@@ -347,8 +358,8 @@ def standardize(model, rewards):
 def learn_reward(task, policy, tokenizer, config, generators):
     """The reward model: the policy's trunk with a scalar head, trained on the task's preferences, and frozen.
 
-    The comparisons of a tenth of the prompts are held out. The rewards have mean 0 and standard deviation 1
-    on the policy's completions.  generators: see `train.random_generators`.
+    The comparisons of two tenths of the prompts are held out, see `hold_out`. The rewards have mean 0 and
+    standard deviation 1 on the policy's completions.  generators: see `train.random_generators`.
     Returns None if the task has no preferences. Raises BadInput.
     """
     if task.preferences is None:
@@ -367,29 +378,30 @@ def learn_reward(task, policy, tokenizer, config, generators):
     prompts = [task.prompts[i] for i in index for _ in range(2)]
     texts = complete(policy, policy, prompts, tokenizer, config, config.temperature, generators["sample"])
 
-    # Comparisons to learn from, and others to test with: this process's share of them.
+    # Comparisons to learn from, to choose an epoch by, and to test with: this process's share of them.
     if annotated:
         comparisons = annotate(task.preferences, prompts[::2], texts[::2], texts[1::2],
                                random.Random(f"{config.seed} {rank}"))
-        learned, held_out = hold_out(comparisons, task.prompts, config.seed)
+        parts = hold_out(comparisons, task.prompts, config.seed)
     else:
         comparisons = choose_comparisons(task, tokenizer, config, block_size)
-        learned, held_out = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
-        learned = learned[rank::count]
-        held_out = held_out[rank::count]
-    if not (learned and held_out):
+        parts = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
+        parts = [part[rank::count] for part in parts]
+    if not all(parts):
         raise BadInput("too few comparisons to hold some out for testing: add comparisons for more prompts")
-    share = f" in each of {count} processes" if count > 1 else ""
-    print(f"reward model: {len(learned)} comparisons to learn from and {len(held_out)} held out{share}")
-    if len(held_out) < 20:
+    learned, validation, test = map(len, parts)
+    share = f", in each of {count} processes" if count > 1 else ""
+    print(f"reward model: {learned} comparisons to learn from, {validation} to choose the epoch by, {test} to "
+          f"test with{share}")
+    if test < 20:
         print("warning: an accuracy on so few comparisons says little: add comparisons for more prompts")
 
     # Train the model, and give its rewards their scale.
     model = Critic(policy.config, policy).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
-    learned, held_out = (to_batch(some, tokenizer, block_size, device) for some in (learned, held_out))
-    found = fit_reward(model, learned, held_out, optimizer, config, generators["update"])
-    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on those held out")
+    parts = [to_batch(part, tokenizer, block_size, device) for part in parts]
+    found = fit_reward(model, *parts, optimizer, config, generators["update"])
+    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on the test comparisons")
     standardize(model, learned_reward(model, tokenizer, config)(prompts, texts))
     return model.requires_grad_(False)
 

@@ -838,7 +838,8 @@ columns of metrics.csv
   uniform_groups           share of the prompts whose completions all have the same score; with --group-size 1
                            1 if all scores of the batch are equal
   loss, grad_norm          of the policy; the gradient's norm before it is clipped
-  clip_fraction, steps     share of ratios outside the clip range; minibatch steps taken (ppo)
+  clip_fraction, steps     share of ratios outside 1 ± clip, also of those that still have a gradient;
+                           minibatch steps taken (ppo)
   kl_update                exact mean KL(old policy || new policy) of the update, nats per token (except for
                            trpo: of the first 64 episodes per process)
   accepted, halvings       1, or 0 if no step was taken; halvings by the line search (trpo)

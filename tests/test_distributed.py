@@ -130,7 +130,7 @@ def reward_model_result():
     texts[(torch.arange(T) > ends + 1).expand_as(texts)] = -100
     batch = Batch(texts[:, None], None, torch.ones(12, 1, dtype=torch.bool)).rows(slice(rank, None, count))
     config = SimpleNamespace(**CONFIG, micro_batch=micro_batch(), reward_steps=0)
-    fit_reward(model, batch, batch, torch.optim.SGD(model.parameters(), 1.0), config, generator())
+    fit_reward(model, batch, batch, batch, torch.optim.SGD(model.parameters(), 1.0), config, generator())
     return flatten(model.parameters()).detach() - before
 
 

@@ -265,6 +265,21 @@ def test_a_value_after_the_longest_length_would_bias_the_gradient(texts, truth):
         assert bias_at_the_cut(texts, truth, lam, values_at_the_cut(texts)) > 0.05
 
 
+def discounted_gradients(texts, gamma):
+    """∇J of the discounted sum of rewards; E[Σ ∇log π G_t]; and the latter with a factor γᵗ in each term."""
+    powers = gamma ** torch.arange(T, dtype=torch.float64)
+    truth = texts.exact_gradient((texts.rewards * powers).sum(1))
+    advantages, _ = ADVANTAGES["returns"](texts.rewards, None, None, texts.mask, config(gamma))
+    p = texts.probabilities()
+    return truth, p @ texts.gradients(advantages), p @ texts.gradients(advantages * powers)
+
+
+def test_with_a_discount_the_policy_gradient_lacks_a_factor_that_practice_leaves_out(texts):
+    truth, without, with_factor = discounted_gradients(texts, 0.8)
+    assert_equal(with_factor, truth)
+    assert (without - truth).norm() > 0.05 * truth.norm()
+
+
 # Bias and variance.
 
 def bias_and_variance(texts, truth, values, gamma, lam):
@@ -314,6 +329,11 @@ def main():
         for gamma in (1, 0.95, 0.8):
             for lam in (1, 0.95, 0.5, 0):
                 show(imperfect_values(texts, gamma), gamma, lam)
+
+    for seed in range(3):
+        truth, without, _ = discounted_gradients(Texts(make_policy(seed)), 0.8)
+        print(f"policy {seed}, gamma 0.8: without the factor gamma^t the gradient is "
+              f"{((without - truth).norm() / truth.norm()).item():.2f} of its length off")
 
     print("\npolicy  KL estimator   mean / KL   error and cosine of the gradient as a reward   as a loss")
     for seed in range(3):

@@ -1,5 +1,6 @@
 """A reward that is learned from comparisons: its loss, its fit, and a run that is trained on it."""
 
+import copy
 import json
 import math
 import random
@@ -99,7 +100,7 @@ def test_the_loss_and_its_gradient_are_those_of_bradley_and_terry_by_hand(model,
 
     before, batch = flatten(params).detach(), to_batch(pairs, tokenizer, 32, CPU)
     for lr, step in (0.0, 0 * gradient), (1.0, gradient):
-        found = fit_reward(model, batch, batch, torch.optim.SGD(params, lr),
+        found = fit_reward(model, batch, batch, batch, torch.optim.SGD(params, lr),
                            options(micro_batch=micro_batch))
         torch.testing.assert_close(before - flatten(params).detach(), step, rtol=1e-6, atol=1e-9)
         if lr == 0:
@@ -110,18 +111,19 @@ def test_the_loss_and_its_gradient_are_those_of_bradley_and_terry_by_hand(model,
 def test_the_best_pass_on_held_out_comparisons_counts(policy, tokenizer, contrary, best):
     """The last where they agree with those of the fit, the first where they contradict them."""
     pairs, (model, later) = comparisons(64), (Critic(policy.config, policy).double() for _ in range(2))
-    fitted = to_batch(pairs, tokenizer, 32, CPU)
+    fitted, still = to_batch(pairs, tokenizer, 32, CPU), torch.optim.SGD([torch.zeros(1)], 0.0)
     others = [(prompt, *two[::-1 if contrary else 1]) for prompt, *two in pairs]
     heldout = to_batch(others, tokenizer, 32, CPU)
-    found = fit_reward(model, fitted, heldout, torch.optim.SGD(model.parameters(), 0.02),
+    found = fit_reward(model, fitted, heldout, fitted, torch.optim.SGD(model.parameters(), 0.02),
                        options(reward_steps=4))
     passes = []
     for _ in range(4):
-        one = fit_reward(later, fitted, heldout, torch.optim.SGD(later.parameters(), 0.02), options())
-        passes.append((one["loss"], flatten(later.parameters()).detach()))
+        one = fit_reward(later, fitted, fitted, heldout, torch.optim.SGD(later.parameters(), 0.02), options())
+        tested = fit_reward(copy.deepcopy(later), fitted, fitted, fitted, still, options())
+        passes.append((one["loss"], tested["loss"], flatten(later.parameters()).detach()))
     assert min(range(4), key=lambda i: passes[i][0]) == best
-    assert found["loss"] == pytest.approx(passes[best][0])
-    torch.testing.assert_close(flatten(model.parameters()).detach(), passes[best][1])
+    assert found["loss"] == pytest.approx(passes[best][1])  # on comparisons that did not choose
+    torch.testing.assert_close(flatten(model.parameters()).detach(), passes[best][2])
 
 
 def test_a_learned_reward_does_not_depend_on_padding_or_batch_mates(model, tokenizer):
@@ -200,14 +202,14 @@ def test_what_is_no_probability_is_refused(returned, error, message):
         annotate(lambda *texts: returned, ["film"], ["a"], ["b"], random.Random(0))
 
 
-LISTED = [("film", " good", " bad"), ("plot", " fine", " poor")]
+LISTED = [("film", " good", " bad"), ("plot", " fine", " poor"), ("a", " good", " poor")]
 
 
 @pytest.mark.parametrize("preferences, message", [
     ([], "list of"), ("film", "list of"), (7, "list of"), ([("film", " good")], "must be .prompt, better"),
     ([("film", " good", None)], "must be .prompt, better"),
     ([*LISTED, ("film", "a", "a")], "same text twice"),
-    ([("film", " good", " bad")] * 9, "two different prompts")])
+    ([("film", " good", " bad")] * 9, "three different prompts")])
 def test_unusable_preferences_are_refused(tmp_path, preferences, message):
     file = task_file(tmp_path, TASK.split("def reward")[0] + f"preferences = {preferences!r}")
     with pytest.raises(BadInput, match=message):
@@ -241,27 +243,27 @@ def test_a_preference_fits_by_the_tokens_that_are_learned_from(tokenizer):
         choose_comparisons(task, tokenizer, config(), n - 1)
 
 
-def test_a_tenth_of_the_comparisons_is_held_out_by_prompt(policy, tokenizer, monkeypatch):
+def test_two_tenths_of_the_comparisons_are_held_out_by_prompt(policy, tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr("reward.to_batch", lambda part, *args: seen.append(part) or to_batch(part, *args))
     listed = comparisons(300)
     task = Task([], PROMPTS, ["x"], None, None, preferences=listed)
     learn_reward(task, policy, tokenizer, config(reward_steps=1), generators())
-    fitted, test = seen
-    assert sorted(fitted + test) == sorted(listed)
-    fitted, test = ({prompt for prompt, *_ in part} for part in seen)
-    assert fitted.isdisjoint(test) and 30 <= len(seen[1]) <= 60
+    assert sorted(sum(seen, [])) == sorted(listed)
+    assert 30 <= len(seen[1]) <= 60 and 30 <= len(seen[2]) <= 60
+    prompts = [{prompt for prompt, *_ in part} for part in seen]
+    assert sum(map(len, prompts)) == len({*PROMPTS})
 
 
 @pytest.mark.parametrize("sizes, held_out", [
-    ((200, 1), {1}), ((1, 200), {1}), ((100, 100), {100}), ((1,) * 50, {5, 6}), ((30, 30, 1, 1), {2}),
-    ((50,) + (1,) * 50, {10, 11})])
+    ((200, 1, 1), {1}), ((1, 200, 1), {1}), ((100, 100, 100), {100}), ((1,) * 50, {5, 6}),
+    ((30, 30, 1, 1), {2, 30}), ((50,) + (1,) * 50, {10, 11})])
 def test_about_a_tenth_of_the_comparisons_is_held_out_whatever_the_prompts(sizes, held_out):
     listed = [(f"p{i}", "a", "b") for i, n in enumerate(sizes) for _ in range(n)]
     for seed in range(20):
-        learned, test = hold_out(listed, [prompt for prompt, *_ in listed], seed)
-        assert sorted(learned + test) == sorted(listed) and len(test) in held_out
-        assert {p for p, *_ in learned}.isdisjoint(p for p, *_ in test)
+        parts = hold_out(listed, [prompt for prompt, *_ in listed], seed)
+        assert sorted(sum(parts, [])) == sorted(listed) and {*map(len, parts[1:])} <= held_out
+        assert sum(len({prompt for prompt, *_ in part}) for part in parts) == len(sizes)
 
 
 def test_of_a_long_list_comparisons_are_chosen_at_random(tokenizer):

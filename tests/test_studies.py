@@ -10,7 +10,7 @@ import bench
 import train
 from helpers import TINY
 from reward import Task, Text, accuracy
-from variance import noise
+from variance import Moments
 
 # variance.py
 
@@ -24,6 +24,17 @@ def gradients(*shape):
     return MEAN + normal @ FACTOR.T
 
 
+def noise(g):
+    """Of rows that are added one by one."""
+    moments = Moments(g.shape[1])
+    for row in g:
+        moments.add(row)
+    halves = torch.tensor(moments.counts) / len(g)
+    torch.testing.assert_close(halves.float(), torch.full((2,), 0.5), atol=0.5 / len(g), rtol=0)
+    torch.testing.assert_close(moments.mean().float(), g.mean(0))
+    return moments.noise()
+
+
 def test_noise_is_the_trace_of_the_covariance_over_the_square_of_the_mean_also_in_small_samples():
     assert noise(gradients(50_000)) == pytest.approx(10.25 / 7.5 ** 2, rel=0.03)  # a standard error is 0.6%
     samples = gradients(4000, 5)
@@ -34,6 +45,19 @@ def test_noise_is_the_trace_of_the_covariance_over_the_square_of_the_mean_also_i
 
 def test_noise_without_any_signal_is_not_a_number():
     assert math.isnan(noise(torch.tensor([[1.0], [-1.0]])))
+
+
+def test_a_half_of_the_batches_has_a_noise_of_its_own():
+    moments = Moments(2)
+    g = gradients(60)
+    for row in g:
+        moments.add(row)
+    first, second = Moments(2), Moments(2)
+    for row, other in zip(g[::2], g[1::2]):
+        first.add(row)
+        second.add(other)
+    assert moments.noise([0]) == pytest.approx(first.noise())
+    assert moments.noise([1]) == pytest.approx(second.noise())
 
 
 # bench.py

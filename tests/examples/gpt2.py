@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model import GPT, SPLITS, BadInput, GPTConfig, Tokenizer, load_checkpoint, save_checkpoint
+from reward import TASKS
 
 # What a configuration may say where our GPT has no choice. The first is GPT-2's.
 GPT2 = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -87,8 +88,11 @@ def read_nanogpt(path):
 
 
 def check_tokens(ours, theirs, rows):
-    """Raises BadInput unless both agree on all pairs of TEXTS. rows: their token for each of ours."""
-    for text in map("".join, itertools.product(TEXTS, repeat=2)):
+    """Raises BadInput unless both agree on pairs of TEXTS and on corpora. rows: their token for each of ours."""
+    texts = [*map("".join, itertools.product(TEXTS, repeat=2))]
+    for task in TASKS.values():
+        texts += task(0).corpus[:100]
+    for text in texts:
         if [rows[token] for token in ours.encode(text)] != theirs.encode(text, add_special_tokens=False):
             raise BadInput(f"the tokenizers of transformers and of this program differ on {text!r}")
 

@@ -12,6 +12,7 @@ import argparse
 import csv
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -25,10 +26,9 @@ SEEDS = 3
 # Options of train.py; all combinations of the values are trained. A step size begins with three half-decades,
 # and is continued where the best is at an edge.
 STUDIES = {
-    "critic": [dict(task="reviews", algo="reinforce", lr="0.003", critic_epochs="2,4,8",
-                    critic_lr="0.001,0.003"),
-               dict(task="reviews", algo="ppo", lr="0.0005", critic_epochs="2,4,8",
-                    critic_lr="0.001,0.003")],
+    "critic": [dict(task="reviews", algo="reinforce", lr="0.003", critic_epochs="2,4,8", critic_lr="0.001"),
+               dict(task="reviews", algo="reinforce", lr="0.003", critic_epochs="2,4", critic_lr="0.003"),
+               dict(task="reviews", algo="ppo", lr="0.001", critic_epochs="2,4", critic_lr="0.001,0.003")],
     "reviews": [dict(task="reviews", algo="reinforce", lr="0.001,0.003,0.01"),
                 dict(task="reviews", algo="ppo", lr="0.0003,0.001,0.003"),
                 dict(task="reviews", algo="trpo", delta="0.003,0.01,0.03")],
@@ -42,10 +42,13 @@ def plan(study, out):
     """{(algorithm, setting, seed): Planned} of a study."""
     planned = {}
     for options in STUDIES[study]:
-        swept = [name for name, values in options.items() if "," in values]
+        shown = [name for name in options if name not in ("task", "algo", "iterations")]
         for run in compare.plan({**options, "pretrain_seed": "2", "out": str(out / study)}, SEEDS):
-            setting = ", ".join(f"{name} {getattr(run.config, name):g}" for name in swept)
-            planned[run.config.algo, setting, run.config.seed] = run
+            setting = ", ".join(f"{name} {getattr(run.config, name):g}" for name in shown)
+            algo, seed = run.config.algo, run.config.seed
+            run.config = replace(run.config, name=f"{algo} {setting} {seed}".replace(" ", "-"))
+            run.state = compare.state_of(run.config)
+            planned[algo, setting, seed] = run
     return planned
 
 
@@ -70,6 +73,7 @@ def read_rows():
 
 
 def add_row(row):
+    RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with open(RESULTS, "a", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*row], lineterminator="\n")

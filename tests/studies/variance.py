@@ -2,60 +2,122 @@
 
 RUN: a run with a critic (--advantage gae).
 
-The run's policy and critic stand still, and every estimator gets the same batches of episodes. Noise is the
-trace of the covariance of the batches' gradients over the square of their mean; a batch of N times as many
-episodes has an N-th of it. Cosine is that of the mean gradient with the mean under gae with λ = 1, which no
-critic can bias.
+The run's policy stands still, and every estimator gets the same batches of 64 episodes. Noise is the trace of
+the covariance of the batches' gradients over the squared length of their mean; a batch of N times as many
+episodes has an N-th of it. Cosine is that of the mean gradient with the mean under the trained critic with
+λ = 1, which no critic can bias. R² is the share of the variance of Monte-Carlo returns that a critic explains: the run's own critic,
+and one that was trained on --critic-episodes more episodes of the policy.
 """
 
 import argparse
+import copy
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from algos import flatten, reinforce
+from advantage import ADVANTAGES, mean_and_variance, token_rewards, whiten
+from algos import fit_critic, flatten, map_micro_batches, reinforce
 from model import BadInput, Critic, load_checkpoint
 from reward import TASKS, load_task
 
-ESTIMATORS = {f"gae, λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)} | {
-    "returns": dict(advantage="returns"),
-    "returns, whitened": dict(advantage="returns", whiten=1),
-    "leave-one-out": dict(advantage="rloo"),
-    "group-normalized": dict(advantage="grpo")}
+CRITIC_FREE = {
+    "returns, no baseline": dict(advantage="returns"),
+    "returns, whitened: the batch's mean": dict(advantage="returns", whiten=1),
+    "leave-one-out, groups of 4": dict(advantage="rloo"),
+    "group-normalized, groups of 4": dict(advantage="grpo")}
+WITH_CRITIC = {f"λ = {lam:g}": dict(advantage="gae", lam=lam) for lam in (1, 0.95, 0.5, 0)}
 
 
-def gradients(task, policy, reference, critic, tokenizer, config, batches):
-    """A gradient from each batch, (batches, n). The episodes are the same whatever the estimator."""
-    optimizer, found = torch.optim.SGD(policy.parameters(), lr=0.0), []
+class Moments:
+    """The sum of gradients and of their squared lengths, for each half of the batches."""
+
+    def __init__(self, n):
+        self.sums = torch.zeros(2, n, dtype=torch.float64)
+        self.squares = [0.0, 0.0]
+        self.counts = [0, 0]
+
+    def add(self, g):
+        half = sum(self.counts) % 2
+        self.sums[half] += g
+        self.squares[half] += (g.double() @ g.double()).item()
+        self.counts[half] += 1
+
+    def noise(self, halves=(0, 1)):
+        """tr Cov(g) / |E g|² of these halves; nan if the noise hides the mean.
+
+        The square of the sample mean exceeds |E g|² by tr Cov(g) / N on average, which is subtracted.
+        """
+        n = sum(self.counts[half] for half in halves)
+        square = self.sums[list(halves)].sum(0).square().sum().item() / n ** 2  # of the mean
+        variance = (sum(self.squares[half] for half in halves) - n * square) / (n - 1)
+        signal = square - variance / n
+        return variance / signal if signal > 0 else math.nan
+
+    def mean(self):
+        return self.sums.sum(0) / sum(self.counts)
+
+
+def collect(world, critic, seed):
+    """A Batch of the world's policy with its values by this critic, and the rewards (B, T)."""
+    task, policy, reference, tokenizer, config = world
+    generators = {name: torch.Generator().manual_seed(seed) for name in ("prompts", "sample")}
+    batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
+    return batch, token_rewards(batch.scores, batch.mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)
+
+
+def train_critic(world, critic, episodes):
+    """A copy of the critic after training on more episodes of the policy."""
+    critic = copy.deepcopy(critic)
+    config = replace(world[-1], batch_size=256, critic_epochs=4)
+    optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr)
+    for i in range(episodes // config.batch_size):
+        batch, _ = collect((*world[:-1], config), critic, 10 ** 6 + i)
+        fit_critic(critic, batch, optimizer, config, torch.Generator().manual_seed(i))
+    return critic
+
+
+def measure(world, critics, batches):
+    """{estimator: Moments} and {critic: R²}. critics: {name: Critic}."""
+    _, policy, _, _, config = world
+    still = torch.optim.SGD(policy.parameters(), lr=0.0)
+    n = sum(p.numel() for p in policy.parameters())
+    found = {}
+    explained = {name: [] for name in critics}
+
+    def add(name, batch, rewards, choice):
+        chosen = replace(config, **choice)
+        advantages, _ = ADVANTAGES[chosen.advantage](rewards, batch.scores, batch.values, batch.mask, chosen)
+        batch.advantages = whiten(advantages, batch.mask) if chosen.whiten else advantages
+        reinforce(policy, batch, still, chosen)
+        found.setdefault(name, Moments(n)).add(flatten([p.grad for p in policy.parameters()]))
+
     for seed in range(batches):
-        generators = {name: torch.Generator().manual_seed(seed) for name in ("prompts", "sample")}
-        batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
-        reinforce(policy, batch, optimizer, config)
-        found.append(flatten([p.grad for p in policy.parameters()]))
-    return torch.stack(found)
-
-
-def noise(g):
-    """tr Cov(g) / |E g|² for independent rows g (N, n); nan where the noise hides the mean.
-
-    The square of the sample mean exceeds |E g|² by tr Cov(g) / N on average, which is subtracted.
-    """
-    variance = g.var(0).sum()
-    signal = g.mean(0).square().sum() - variance / len(g)
-    return (variance / signal).item() if signal > 0 else math.nan
+        batch, rewards = collect(world, None, seed)
+        for name, choice in CRITIC_FREE.items():
+            add(name, batch, rewards, choice)
+        for name, critic in critics.items():
+            batch.values = map_micro_batches(lambda part: critic(part.obs), batch, config)
+            _, variance = mean_and_variance(batch.returns, batch.mask)
+            _, unexplained = mean_and_variance(batch.returns - batch.values, batch.mask)
+            explained[name].append(1 - (unexplained / variance).item())
+            for estimator, choice in WITH_CRITIC.items():
+                add(f"{name}, {estimator}", batch, rewards, choice)
+    return found, {name: fmean(values) for name, values in explained.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("--task", help="the run's task, if it is a file: its code will be executed")
-    parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--critic-episodes", type=int, default=8192)
     args = parser.parse_args()
     try:
         policy, reference, tokenizer, more = load_checkpoint(args.run)
@@ -68,18 +130,19 @@ def main():
         parser.error(f"{args.run} uses a task file: add --task {config.task} to execute it")
     critic = Critic(policy.config, policy)
     critic.load_state_dict(more["critic"])
-    task = load_task(args.task or config.task, config.pretrain_seed)
+    world = (load_task(args.task or config.task, config.pretrain_seed), policy, reference, tokenizer, config)
+    trained = train_critic(world, critic, args.critic_episodes)
+    found, explained = measure(world, {"the run's critic": critic, "trained critic": trained}, args.batches)
 
     print(f"{args.run}: {args.batches} batches of {config.batch_size} episodes")
-    print(f"{'':18}    noise  from either half of the batches    cosine")
-    unbiased = None
-    for name, choice in ESTIMATORS.items():
-        chosen = replace(config, **choice)
-        g = gradients(task, policy, reference, critic, tokenizer, chosen, args.batches)
-        unbiased = g.mean(0) if unbiased is None else unbiased
-        cosine = torch.cosine_similarity(g.mean(0), unbiased, dim=0)
-        halves = f"{noise(g[::2]):17.2f} {noise(g[1::2]):17.2f}"
-        print(f"{name:18} {noise(g):8.2f} {halves} {cosine:9.2f}", flush=True)
+    for name, value in explained.items():
+        print(f"R² of {name}: {value:.2f}")
+    print(f"{'':36}   noise  from either half of the batches   cosine")
+    unbiased = found["trained critic, λ = 1"].mean()
+    for name, moments in found.items():
+        cosine = torch.cosine_similarity(moments.mean(), unbiased, dim=0)
+        halves = f"{moments.noise([0]):17.2f} {moments.noise([1]):17.2f}"
+        print(f"{name:36} {moments.noise():7.2f} {halves} {cosine:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

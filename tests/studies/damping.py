@@ -1,0 +1,80 @@
+"""What does damping do to TRPO's step? `python tests/studies/damping.py RUN`.
+
+RUN: a run under gae, such as runs/reviews-trpo-0. One batch of episodes is sampled from its policy; the step
+is TRPO's, s = sqrt(2δ / xᵀ(F + λI)x) x with (F + λI) x = g and F over --fisher-fraction of the episodes. The
+columns: ½ sᵀF s with F over all episodes, and the exact KL of that step, both in nats, where δ is allowed;
+the damping's share of xᵀ(F + λI)x; the cosine of s with g; and λ over the mean eigenvalue of F.
+"""
+
+import argparse
+import copy
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import train
+from algos import (
+    conjugate_gradient,
+    fisher_vector_product,
+    flatten,
+    mean_kl,
+    reinforce,
+    trainable,
+    unflatten,
+)
+from model import BadInput, Critic, load_checkpoint
+from reward import load_task
+
+
+def mean_eigenvalue(fisher, n, probes=10):
+    """The trace of F over n, by Hutchinson's estimator: E[zᵀF z] = tr F for random signs z."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (probes, n), generator=generator) * 2.0 - 1
+    return sum((z @ fisher(z)).item() for z in signs) / probes / n
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 1.0])
+    parser.add_argument("--dampings", type=float, nargs="+", default=[0.001, 0.01, 0.1, 1.0])
+    args = parser.parse_args()
+    try:
+        policy, reference, tokenizer, more = load_checkpoint(args.run)
+    except BadInput as e:
+        parser.error(str(e))
+    config = replace(train.Config(**more["config"]), max_grad_norm=1e9)
+    critic = Critic(policy.config, policy)
+    critic.load_state_dict(more["critic"])
+    generators = train.random_generators(0, 10 ** 6, "cpu")
+    batch, _ = train.collect(load_task(config.task, config.pretrain_seed), policy, reference, critic, tokenizer,
+                             config, generators)
+    reinforce(policy, batch, torch.optim.SGD(policy.parameters(), 0.0), config)
+    g = -flatten([p.grad for p in trainable(policy)])
+    whole = fisher_vector_product(policy, batch, config)
+    eigenvalue = mean_eigenvalue(whole, len(g))
+    print(f"{args.run}: δ = {config.delta}, mean eigenvalue of F {eigenvalue:.2e}")
+    print("fraction  damping  ½ sᵀF s  exact KL  damping's share  cosine with g  λ / mean eigenvalue")
+    for fraction in args.fractions:
+        index = torch.arange(math.ceil(fraction * len(batch.mask)))
+        part = fisher_vector_product(policy, batch.rows(index), config)
+        for damping in args.dampings:
+            x, r = conjugate_gradient(lambda v: part(v) + damping * v, g, config.cg_iters)
+            xFx = x @ (g - r)
+            s = (2 * config.delta / xFx).sqrt() * x
+            moved = copy.deepcopy(policy)
+            with torch.no_grad():
+                for p, change in zip(trainable(moved), unflatten(s, trainable(moved))):
+                    p += change
+            print(f"{fraction:8} {damping:8} {(s @ whole(s) / 2).item():8.4f} "
+                  f"{mean_kl(policy, moved, batch, config):9.4f} {(damping * x @ x / xFx).item():16.2f} "
+                  f"{torch.cosine_similarity(s, g, dim=0).item():14.2f} {damping / eigenvalue:19.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
