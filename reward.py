@@ -398,10 +398,10 @@ def learn_reward(task, policy, tokenizer, config, generators):
 
     # Train the model, and give its rewards their scale.
     model = Critic(policy.config, policy).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), config.critic_lr, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), config.reward_lr, fused=True)
     parts = [to_batch(part, tokenizer, block_size, device) for part in parts]
     found = fit_reward(model, *parts, optimizer, config, generators["update"])
-    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on the test comparisons")
+    print(f"reward model: loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f} on those to test with")
     standardize(model, learned_reward(model, tokenizer, config)(prompts, texts))
     return model.requires_grad_(False)
 

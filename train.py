@@ -112,6 +112,7 @@ class Config:
 
     comparisons: int = option(8000, "maximum number of comparisons to learn the reward from", 20)
     reward_steps: int = option(450, "training steps of 64 comparisons", 1)
+    reward_lr: float = option(1e-3, "Adam learning rate of the reward model", 0)
 
     iterations: int = option(40, "RL iterations", 0)
     batch_size: int = option(256, "episodes per iteration", 1)
@@ -134,7 +135,7 @@ class Config:
     cg_iters: int = option(10, "conjugate gradient iterations (trpo)", 1)
     damping: float = option(0.1, "added to the diagonal of the Fisher matrix (trpo)", 0)
     fisher_fraction: float = option(0.1, "share of the episodes in Fisher products (trpo)", 1e-6, 1)
-    critic_lr: float = option(1e-3, "Adam learning rate of the critic and of the reward model", 0)
+    critic_lr: float = option(3e-3, "Adam learning rate of the critic", 0)
     critic_epochs: int = option(2, "epochs over the batch (critic)", 1)
 
     eval_episodes: int = option(1000, "sampled completions per evaluation", 2)
@@ -157,7 +158,7 @@ DEFAULTS = {
     "preferences": dict(vocab_size=620, max_new_tokens=44),
     "init": dict(pretrain_steps=0),
     "large init": dict(pretrain_steps=0, pretrain_batch=32, pretrain_lr=1e-4, batch_size=64, lr=1e-5,
-                       critic_lr=1e-4, eval_episodes=64),  # 10 million weights or more
+                       critic_lr=1e-4, reward_lr=1e-4, eval_episodes=64),  # 10 million weights or more
 }
 
 

@@ -25,7 +25,8 @@ TASKS = {
     "onesided": (TASK + "preferences = [('the cat', 'sat')]", "(prompt, better, worse)"),
     "tie": (TASK + "preferences = [('the cat', 'sat', 'sat')]", "the same text twice"),
     "few": (TASK + "preferences = [('the cat', 'sat', 'ran')] * 9", "three different prompts"),
-    "long": (TASK + "preferences = [('the' + ' the' * 30, 'a', 'b'), ('the cat', 'a', 'b'), ('the dog', 'a', 'b')]",
+    "long": (TASK + "preferences = [('the' + ' the' * 30, 'a', 'b'), "
+             "('the cat', 'a', 'b'), ('the dog', 'a', 'b')]",
              "context"),
 }
 

@@ -705,7 +705,8 @@ def test_evaluate_reports_means_over_held_out_prompts(world):
         "reward": rewards.mean().item(), "reward_ci": interval(rewards.tolist()),
         "metric": fmean(map(len, texts)), "metric_ci": interval([*map(len, texts)]),
         "kl_ci": interval(kl_less_mean) / fmean(lengths),
-        "objective": rewards.mean().item() - config.kl_coef * sum(kls) / 50, "greedy": fmean(len(text) for _, text in greedy),
+        "objective": rewards.mean().item() - config.kl_coef * sum(kls) / 50,
+        "greedy": fmean(len(text) for _, text in greedy),
         "kl": fmean(kls), "entropy": fmean(entropies), "length": fmean(lengths),
         "ended": fmean(text.ended for text in texts),
         "distinct_1": reward.distinct_n(texts, 1), "distinct_2": reward.distinct_n(texts, 2)}

@@ -88,7 +88,7 @@ def read_nanogpt(path):
 
 
 def check_tokens(ours, theirs, rows):
-    """Raises BadInput unless both agree on pairs of TEXTS and on corpora. rows: their token for each of ours."""
+    """Raises BadInput unless both agree on pairs of TEXTS and on corpora. rows: their tokens for ours."""
     texts = [*map("".join, itertools.product(TEXTS, repeat=2))]
     for task in TASKS.values():
         texts += task(0).corpus[:100]

@@ -455,7 +455,8 @@ def arguments(options):
 def train_all(planned, script, jobs, finished=lambda run: None):
     """Train what is not finished, `jobs` runs at once. Returns {path: exit status} of the runs that failed.
 
-    finished: called with each Planned run when it has been trained. The first run of each pretraining goes ahead alone until its weights are there for the others.
+    finished: called with each Planned run when it has been trained. The first run of each pretraining goes
+    ahead alone until its weights are there for the others.
     """
     waiting = [run for run in planned if run.state != "finished"]
     running = {}  # {process: (run, its start)}

@@ -52,8 +52,8 @@ def main():
     critic = Critic(policy.config, policy)
     critic.load_state_dict(more["critic"])
     generators = train.random_generators(0, 10 ** 6, "cpu")
-    batch, _ = train.collect(load_task(config.task, config.pretrain_seed), policy, reference, critic, tokenizer,
-                             config, generators)
+    task = load_task(config.task, config.pretrain_seed)
+    batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
     reinforce(policy, batch, torch.optim.SGD(policy.parameters(), 0.0), config)
     g = -flatten([p.grad for p in trainable(policy)])
     whole = fisher_vector_product(policy, batch, config)
@@ -71,9 +71,10 @@ def main():
             with torch.no_grad():
                 for p, change in zip(trainable(moved), unflatten(s, trainable(moved))):
                     p += change
+            cosine = torch.cosine_similarity(s, g, dim=0).item()
             print(f"{fraction:8} {damping:8} {(s @ whole(s) / 2).item():8.4f} "
                   f"{mean_kl(policy, moved, batch, config):9.4f} {(damping * x @ x / xFx).item():16.2f} "
-                  f"{torch.cosine_similarity(s, g, dim=0).item():14.2f} {damping / eigenvalue:19.0f}", flush=True)
+                  f"{cosine:14.2f} {damping / eigenvalue:19.0f}", flush=True)
 
 
 if __name__ == "__main__":

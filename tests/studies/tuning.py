@@ -115,7 +115,7 @@ def print_table(study):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, of one thread each (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/tuning"), help="directory of the runs")
     args = parser.parse_args()
     for study in args.studies:
