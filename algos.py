@@ -43,7 +43,7 @@ class Batch:
     entropy: torch.Tensor = None  # (B, T) the entropy of π_old(·|s_t), nats
 
     def rows(self, index, columns=None):
-        """The Batch of the episodes that index selects, a tensor of numbers, a list or a slice.
+        """The Batch of the episodes that index selects, row numbers or a slice.
 
         They are cut to their first `columns` columns if a number is given.
         """
@@ -189,10 +189,10 @@ def entropy(logp):
 
 
 def kl_divergence(logp, logq):
-    """KL(p‖q) (B, T) in nats, exact over all A actions, so never negative. logp, logq: (B, T, A).
+    """KL(p‖q) (B, T) in nats, exact over all A actions. logp, logq: (B, T, A).
 
-    For logging and for the trust region. Do not use it in a loss: the clamp, which removes negative rounding
-    errors, also blocks the gradient.
+    It is never negative: a clamp removes negative rounding errors. There it also removes the gradient, so
+    this is for logging and for the trust region, not for a loss.
     """
     return (logp.exp() * (finite(logp) - finite(logq))).sum(-1).clamp(min=0)
 
@@ -260,15 +260,14 @@ def ppo(policy, batch, optimizer, config, generator=None):
 
 
 def fit_critic(critic, batch, optimizer, config, generator=None):
-    """Train the critic by least squares on batch.targets. Returns diagnostics of its values before that.
+    """Train the critic by least squares on batch.targets. Returns diagnostics of the values before training.
 
     With gae the targets are λ-returns: returns, with the critic's values in place of a part of them. The
     diagnostics compare the values with the Monte-Carlo returns G, which contain no value. The loss is divided
     by Var[G], so the gradient, and the effect of clipping its norm, do not depend on the scale of the reward.
-    (`Critic.rescale_output` achieves the same for the weights of the head.)
     """
     _, variance = mean_and_variance(batch.returns, batch.mask)
-    variance = variance.where(variance > 0, torch.ones_like(variance))  # if all returns are equal
+    variance = torch.where(variance > 0, variance, 1.0)  # zero if all returns are equal
     error = batch.returns - batch.values
     _, unexplained = mean_and_variance(error, batch.mask)
     diagnostics = {"critic_loss": (masked_mean(error ** 2, batch.mask) / variance).item(),

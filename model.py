@@ -233,8 +233,8 @@ class Critic(nn.Module):
 # Text to tokens.
 
 # How a text is split into words: contractions; letters, digits or signs with the space before them; white
-# space. BPE merges bytes within a word only. In our pattern a Chinese character is a word: a merge with the
-# next one would give a prompt that ends between them other tokens than it has in a longer text.
+# space. BPE merges bytes within a word only. In our pattern a Chinese character is a word: if two were
+# merged, a prompt that ends between them would not have the tokens that it has in a longer text.
 # [^\P{L}\p{Han}] is a letter but no Han, and 999 bounds what tiktoken keeps on its stack.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,999}(?!\S)|\s+"
 OUR_SPLIT = r"\p{Han}|'(?:[sdmt]|ll|ve|re)| ?[^\P{L}\p{Han}]+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,999}(?!\S)|\s+"
@@ -252,27 +252,27 @@ def learn_merges(texts, max_merges):
     counts = Counter()  # how often each pair of neighbours occurs
     found_in = defaultdict(set)  # in which words, also some that have lost the pair, which does no harm
 
-    def count(word, sign):
+    def add(word, sign):
         for pair in zip(pieces[word], pieces[word][1:]):
             counts[pair] += sign * words[word]
             found_in[pair].add(word)
 
     for word in words:
-        count(word, 1)
+        add(word, 1)
     tokens = []
     while len(tokens) < max_merges and any(counts.values()):
         pair = max(counts, key=lambda pair: (counts[pair], pair))  # a tie is broken by the order of bytes
         tokens.append(pair[0] + pair[1])
         for word in found_in[pair].copy():  # take the word's pairs out, merge, put the new ones in
-            count(word, -1)
+            add(word, -1)
             pieces[word] = merge(pieces[word], pair)
-            count(word, 1)
+            add(word, 1)
         del counts[pair], found_in[pair]
     return tokens
 
 
 def split_words(text):
-    """The words of a text, within which BPE merges bytes: it has at least as many tokens."""
+    """The words of a text, within which BPE merges bytes. The text has at least as many tokens."""
     return regex.findall(OUR_SPLIT, replace_surrogates(text))
 
 
@@ -334,7 +334,7 @@ class Tokenizer:
     def gpt2(cls):
         """GPT-2's vocabulary, which tiktoken downloads at its first use. Raises BadInput."""
         try:
-            return cls.from_state(cls(tiktoken.get_encoding("gpt2")).state())  # with our pattern
+            return cls.from_state(cls(tiktoken.get_encoding("gpt2")).state())  # with GPT2_SPLIT
         except Exception as e:  # whatever the network or the cache can raise
             raise BadInput(f"cannot load GPT-2's vocabulary ({type(e).__name__}): let tiktoken download it "
                            "where there is a network, and set TIKTOKEN_CACHE_DIR to its folder")

@@ -105,7 +105,7 @@ def load_task(name, seed):
         raise BadInput(f"unknown task {name}: choose {', '.join(TASKS)} or a Python file")
     sys.path.append(str(Path(name).resolve().parent))  # the file may import its neighbours
     directory = os.getcwd()
-    with torch.enable_grad():  # which is restored afterwards, as are the next two
+    with torch.enable_grad():  # restores what the file may change, as do the two lines below
         fields = runpy.run_path(name)
     os.chdir(directory)
     torch.set_default_dtype(torch.float32)
@@ -207,7 +207,7 @@ def annotate(annotator, prompts, first, second, rng):
     Returns [(prompt, better, worse)], without pairs of equal texts. Raises BadInput if a number is not a
     probability.
     """
-    def preferences(prompt, pair):  # `score` wants a function of prompt and completion: here it is a pair
+    def preferences(prompt, pair):  # for `score`, which names it in messages: here a completion is a pair
         return annotator(prompt, *pair)
 
     comparisons = []
@@ -271,7 +271,7 @@ def choose_comparisons(task, tokenizer, config, block_size):
     """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
     count = min(config.comparisons, len(task.preferences))
     comparisons = random.Random(config.seed).sample(task.preferences, count)
-    check_fit({prompt for prompt, *_ in comparisons}, tokenizer.encode, 1, block_size)
+    check_fit(sorted({prompt for prompt, *_ in comparisons}), tokenizer.encode, 1, block_size)
     for prompt, better, worse in comparisons:
         longer = max(len(tokenizer.encode(better)), len(tokenizer.encode(worse)))
         n = len(tokenizer.encode(prompt)) + longer + 1  # and the end of text
@@ -288,20 +288,16 @@ def hold_out(comparisons, prompts, seed):
     prompts: one for each comparison, or one for each prompt if all occur about equally often.
     """
     counts = Counter(prompts)
+    tenth = len(prompts) / 10
     free = random.Random(seed).sample(sorted(counts), len(counts))
-    which = dict.fromkeys(free, 0)
+    free.sort(key=lambda prompt: -max(counts[prompt], tenth))  # common ones are taken last
+    which = {}
     for number in (1, 2):
         n = 0
-        for prompt in [*free]:
-            if n < len(prompts) / 10 and n + counts[prompt] <= len(prompts) / 5:
-                which[prompt] = number
-                n += counts[prompt]
-                free.remove(prompt)
-        if n == 0 and free:  # each prompt has more than a fifth
-            rarest = min(free, key=counts.get)
-            which[rarest] = number
-            free.remove(rarest)
-    return [[comparison for comparison in comparisons if which[comparison[0]] == number]
+        while len(free) > 3 - number and (n == 0 or n < tenth and n + counts[free[-1]] <= 2 * tenth):
+            which[free[-1]] = number
+            n += counts[free.pop()]
+    return [[comparison for comparison in comparisons if which.get(comparison[0], 0) == number]
             for number in range(3)]
 
 
@@ -350,7 +346,7 @@ def standardize(model, rewards):
     rewards = torch.tensor(rewards, device=model.mean.device)
     mean = batch_mean(rewards)
     std = batch_mean(without_rounding(rewards - mean, rewards, mean) ** 2).sqrt()
-    std = std.where(std > 0, torch.ones_like(std))  # if all rewards are equal
+    std = torch.where(std > 0, std, 1.0)  # zero if all rewards are equal
     model.mean.copy_((model.mean - mean) / std)
     model.std.copy_(model.std / std)
 
@@ -358,8 +354,8 @@ def standardize(model, rewards):
 def learn_reward(task, policy, tokenizer, config, generators):
     """The reward model: the policy's trunk with a scalar head, trained on the task's preferences, and frozen.
 
-    The comparisons of two tenths of the prompts are held out, see `hold_out`. The rewards have mean 0 and
-    standard deviation 1 on the policy's completions.  generators: see `train.random_generators`.
+    Two tenths of the comparisons are held out, see `hold_out`. The rewards have mean 0 and standard deviation
+    1 on the policy's completions.  generators: see `train.random_generators`.
     Returns None if the task has no preferences. Raises BadInput.
     """
     if task.preferences is None:
@@ -388,11 +384,12 @@ def learn_reward(task, policy, tokenizer, config, generators):
         parts = hold_out(comparisons, [prompt for prompt, *_ in comparisons], config.seed)
         parts = [part[rank::count] for part in parts]
     if not all(parts):
-        raise BadInput("too few comparisons to hold some out for testing: add comparisons for more prompts")
+        raise BadInput("too few comparisons to hold some out: add comparisons for more prompts, or give a "
+                       "larger --comparisons")
     learned, validation, test = map(len, parts)
     share = f", in each of {count} processes" if count > 1 else ""
-    print(f"reward model: {learned} comparisons to learn from, {validation} to choose the epoch by, {test} to "
-          f"test with{share}")
+    print(f"reward model: {learned} comparisons to learn from, {validation} to choose the epoch by, "
+          f"{test} to test with{share}")
     if test < 20:
         print("warning: an accuracy on so few comparisons says little: add comparisons for more prompts")
 

@@ -185,16 +185,16 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
                    tokenizer.eos_token, temperature, generator)
     # The log-probabilities are computed anew. Those of the sampler differ in the last digits, because it
     # computes with a cache, and equal policies would have a penalty that is nothing but rounding.
-    columns = map_micro_batches(compare, batch, config).unbind(-1)
-    batch.logprobs, batch.ref_logprobs, batch.kl, batch.entropy = columns
+    columns = map_micro_batches(compare, batch, config).masked_fill(~batch.mask.unsqueeze(-1), 0)
+    batch.logprobs, batch.ref_logprobs, batch.kl, batch.entropy = columns.unbind(-1)
 
     length = batch.mask.sum(1)  # (B,)
-    sums = [x.masked_fill(~batch.mask, 0).sum(1) for x in (batch.kl, batch.entropy, batch.ref_logprobs)]
-    attributes = {"length": length, "ended": (batch.mask & (batch.actions == tokenizer.eos_token)).any(1),
-                  "kl": sums[0], "entropy": sums[1], "mean_ref_logprob": sums[2] / length}
-    columns = [values.tolist() for values in attributes.values()]
-    return batch, [Text(text, **dict(zip(attributes, values)))
-                   for text, *values in zip(completion_texts(batch, tokenizer), *columns)]
+    ended = (batch.mask & (batch.actions == tokenizer.eos_token)).any(1)
+    figures = zip(length.tolist(), ended.tolist(), batch.kl.sum(1).tolist(), batch.entropy.sum(1).tolist(),
+                  (batch.ref_logprobs.sum(1) / length).tolist())
+    names = ("length", "ended", "kl", "entropy", "mean_ref_logprob")
+    texts = completion_texts(batch, tokenizer)
+    return batch, [Text(text, **dict(zip(names, values))) for text, values in zip(texts, figures)]
 
 
 def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
@@ -209,16 +209,16 @@ def complete(policy, reference, prompts, tokenizer, config, temperature, generat
 def check_fit(prompts, encode, max_new_tokens, block_size):
     """Raises BadInput that names the first prompt (a text) which cannot be completed in the context.
 
-    encode: text -> its tokens, or its words if there are no tokens yet, which are at most as many.
+    encode: text -> its tokens, or, if there are no tokens yet, its words: it has at least as many tokens.
     """
     for prompt in prompts:
         n = len(encode(prompt))
         if n == 0:
             raise BadInput("a prompt is empty: give it at least one character")
         if n + max_new_tokens > block_size:
-            raise BadInput(f"the prompt {str(prompt)!r:.200} has {n} tokens; {max_new_tokens} more exceed "
-                           f"the context of {block_size}: use a shorter prompt, a smaller --max-new-tokens, "
-                           "or a model with a larger --block-size")
+            raise BadInput(f"the prompt {str(prompt)!r:.200} has at least {n} tokens; {max_new_tokens} more "
+                           f"exceed the context of {block_size}: use a shorter prompt, a smaller "
+                           "--max-new-tokens, or a model with a larger --block-size")
 
 
 def check_boundaries(prompts, corpus, tokenizer):
@@ -238,21 +238,23 @@ def check_boundaries(prompts, corpus, tokenizer):
     for prompt in prompts:
         start = bisect.bisect_left(texts, prompt)
         stop = bisect.bisect_left(texts, prompt + chr(sys.maxunicode))
-        some = texts[start:stop:(stop - start) // 10 + 1]
-        n = sum(differs(text, prompt) for text in some)
-        if n > 0.9 * len(some):
-            raise BadInput(f"the prompt {str(prompt)!r:.200} ends within a token of {some[0]!r:.200}: let it "
-                           "end with a token, for example before the white space")
-        if not some and prompt[-1:].isspace():
+        examples = texts[start:stop:(stop - start) // 10 + 1]
+        n = sum(differs(text, prompt) for text in examples)
+        if n > 0.9 * len(examples):
+            raise BadInput(f"the prompt {str(prompt)!r:.200} ends within a token of {examples[0]!r:.200}: "
+                           "let it end with a token, for example before the white space")
+        if not examples and prompt[-1:].isspace():
             tokens = tokenizer.encoding.token_byte_values()
             if any(differs(prompt + token.decode(errors="ignore").strip(), prompt) for token in tokens):
                 raise BadInput(f"the prompt {str(prompt)!r:.200} ends with white space, which belongs to the "
                                "next word's token: remove it")
-        compared += len(some)
+        compared += len(examples)
         differing += n
-    if differing or corpus and not compared:
-        print(f"warning: {compared} texts of the corpus begin with a prompt, and {differing} of them not "
-              "with its tokens: let prompts be beginnings of texts that end with a token")
+    if corpus and not compared:
+        print("warning: no text of the corpus begins with a prompt: let prompts be beginnings of texts")
+    if differing:
+        print(f"warning: of {compared} texts that begin with a prompt, {differing} do not begin with its "
+              "tokens: let prompts end with a token of the texts")
 
 
 # The command line.
@@ -285,10 +287,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     parser.add_argument("--logprobs", action="store_true",
                         help="print the probability of each token, now and before RL")
-    parser.add_argument("--export", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.export:
-        parser.error(f"--export has moved: python tests/examples/gpt2.py export {args.run} {args.export}")
     n = (1 if args.greedy else 4) if args.n is None else args.n
     if not 1 <= n <= 10_000 or args.max_new_tokens is not None and args.max_new_tokens < 1:
         parser.error("-n must be from 1 to 10000, --max-new-tokens at least 1")

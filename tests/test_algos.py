@@ -295,10 +295,11 @@ def test_forbidden_actions_of_logit_minus_infinity_count_as_probability_zero(pol
             return self.policy(obs).index_fill(-1, torch.tensor([0]), self.low)
 
     batch, moved, found = make_batch(policy), [], []
-    batch.actions = batch.actions.clamp(min=1)
+    batch.actions = batch.actions.clamp(min=1).masked_fill(~batch.mask, 0)  # a prompt may have such a token
     for low in (-math.inf, -1e4):  # exp(-1e4) is zero, too
         masked, old = Masked(low), Masked(low)
         batch.logprobs = action_log_probs(log_probs(old, batch.obs, 1.0), batch.actions).detach()
+        batch.logprobs = batch.logprobs.masked_fill(~batch.mask, 0)  # as `run_episodes` does
         found.append(run(update, masked, batch, sgd(masked)))
         moved.append(weights(masked))
         found[-1]["kl"] = mean_kl(old, masked, batch, config())

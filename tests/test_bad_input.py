@@ -102,8 +102,8 @@ COMMANDS = """
     --resume checkpoint-malice --task mine.py --iterations 3 => checkpoint-malice
     --resume config-torn => config-torn
     --eval good --task mine.py --lr 1 => --lr
-    --plot good => compare.py ; --seeds 2 => compare.py ; --algo ppo,trpo => compare.py
-    --init gpt2 => gpt2.py import gpt2 ; rollout good --export thesis => gpt2.py export good thesis
+    --algo ppo,trpo => compare.py
+    --init gpt2 => gpt2.py import gpt2
     rollout good --prompt the -n 0 => -n ; rollout nowhere => nowhere
     rollout checkpoint-temperature --prompt the => --temperature ; rollout good --prompt caf\udce9 => UTF-8
     --resume config-script => custom script ; --eval config-script => custom script
@@ -141,7 +141,7 @@ MORE_COMMANDS = """
     rollout good stray => stray ; rollout good --prompt zqzqzqzqzqzqzqzqzqzqzqzqzqzqzqzq => context
     rollout good --greedy --temperature 1 => --greedy ; rollout good --logprobs 1 => 1
     rollout good --prompt the --max-new-tokens 99 => context ; rollout good < \udcff\udcfe => utf-8
-    rollout good --export => --export ; rollout thesis => thesis ; rollout file => file
+    rollout thesis => thesis ; rollout file => file
 """
 # Options with values that are refused, those of train.py and those of rollout.py.
 VALUES = """
@@ -153,7 +153,7 @@ VALUES = """
     --whiten 2 yes ; --lr -1 inf x ; --max-grad-norm -1 ; --epochs 0 ; --minibatches 0 17 ;
     --micro-batch 0 -1 x ; --clip -1 1e39
     --target-kl -1 ; --delta -1 ; --cg-iters 0 ; --damping -1 ; --fisher-fraction 0 1.5 ; --critic-lr x -1
-    --critic-epochs 0 ; --comparisons 19 x
+    --critic-epochs 0 ; --comparisons 19 x ; --reward-lr x -1
     --reward-steps 0 ; --eval-episodes 1 ; --eval-every -1 ; --save-every 0
 """
 SAMPLING_VALUES = """

@@ -141,7 +141,7 @@ def test_a_learned_reward_does_not_depend_on_padding_or_batch_mates(model, token
 
 def test_the_fit_recovers_the_order_of_a_known_reward_on_held_out_prompts(policy, tokenizer, capsys):
     task = Task([], PROMPTS, ["x"], None, None, preferences=comparisons(600))
-    model = learn_reward(task, policy, tokenizer, config(reward_steps=70, critic_lr=5e-3), generators())
+    model = learn_reward(task, policy, tokenizer, config(reward_steps=70, reward_lr=5e-3), generators())
     printed = capsys.readouterr().out
     loss, accuracy = (float(printed.split(name)[1].split()[0].strip(",")) for name in ("loss", "accuracy"))
     assert loss < 0.25 and accuracy > 0.9
@@ -257,7 +257,7 @@ def test_two_tenths_of_the_comparisons_are_held_out_by_prompt(policy, tokenizer,
 
 @pytest.mark.parametrize("sizes, held_out", [
     ((200, 1, 1), {1}), ((1, 200, 1), {1}), ((100, 100, 100), {100}), ((1,) * 50, {5, 6}),
-    ((30, 30, 1, 1), {2, 30}), ((50,) + (1,) * 50, {10, 11})])
+    ((30, 30, 1, 1), {2, 30}), ((1, 1, 1), {1}), ((50,) + (1,) * 50, {10, 11})])
 def test_about_a_tenth_of_the_comparisons_is_held_out_whatever_the_prompts(sizes, held_out):
     listed = [(f"p{i}", "a", "b") for i, n in enumerate(sizes) for _ in range(n)]
     for seed in range(20):

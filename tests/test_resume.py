@@ -151,6 +151,25 @@ def test_ctrl_c_names_the_ways_to_continue(out, interrupt, uninterrupted):
     assert outcome(run) == uninterrupted("ppo")
 
 
+def test_after_ctrl_c_before_a_run_is_replaced_the_same_command_continues(out, interrupt):
+    """Its old checkpoint is there, but --resume would continue the old run."""
+    argv = command(out, "--iterations", 1, "--name", "replaced")
+    assert train.main(argv) is None
+    for function, advice in [("train.evaluate", "give the same command again\n"),
+                             ("train.collect", "--resume")]:
+        status, err = interrupt([*argv, "--overwrite", "--seed", "1"], signal.SIGINT, function, 1)
+        assert status == 130 and f"to go on, {advice}" in err
+
+
+def test_iterations_after_the_last_checkpoint_that_are_not_repeated_leave_the_table(out, interrupt):
+    run = out / "fewer"
+    argv = command(out, "--iterations", 5, "--name", run.name)
+    interrupt(argv, signal.SIGKILL, "train.collect", 5)
+    assert len(rows(run)) == 4
+    assert train.main(resume(run, "--iterations", 3)) is None
+    assert len(rows(run)) == 3
+
+
 def test_after_ctrl_c_in_pretraining_the_same_command_continues(tmp_path, interrupt):
     task_file(tmp_path)
     argv = command(tmp_path, "--iterations", 1)

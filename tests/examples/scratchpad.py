@@ -1,8 +1,8 @@
 """Sums of four digits, worked out column by column from the right, as pupils do who forget a carry.
 
-A text is "4827+0935=7+5+0=12 2+3+1=06 8+9+0=17 4+0+1=05 05762". In the corpus every third carry is
-forgotten, so imitation gets about half of the sums right. The reward looks at the sum alone: how the
-columns are to be done is left to RL.
+A text is "4827+0935=7+5+0=12 2+3+1=06 8+9+0=17 4+0+1=05 05762". In the corpus a third of the carries, at
+random, is forgotten, so imitation gets about half of the sums right. The reward looks at the sum alone: how
+the columns are to be done is left to RL.
 
 `python train.py --task tests/examples/scratchpad.py --vocab-size 257 --max-new-tokens 46 --iterations 20`
 """
@@ -13,7 +13,7 @@ from reward import Text
 
 
 def worked_out(a, b, rng=None):
-    """The columns of a + b and the sum. With rng, every third carry is forgotten."""
+    """The columns of a + b and the sum. With rng, a third of the carries is forgotten."""
     carry = 0
     columns = []
     digits = ""

@@ -28,7 +28,7 @@ from algos import (
     unflatten,
 )
 from model import BadInput, Critic, load_checkpoint
-from reward import load_task
+from reward import use_reward_model
 
 
 def mean_eigenvalue(fisher, n, probes=10):
@@ -52,7 +52,7 @@ def main():
     critic = Critic(policy.config, policy)
     critic.load_state_dict(more["critic"])
     generators = train.random_generators(0, 10 ** 6, "cpu")
-    task = load_task(config.task, config.pretrain_seed)
+    task = use_reward_model(train.load_seeded_task(config), more.get("reward_model"), tokenizer, config)
     batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
     reinforce(policy, batch, torch.optim.SGD(policy.parameters(), 0.0), config)
     g = -flatten([p.grad for p in trainable(policy)])

@@ -22,9 +22,10 @@ import compare
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
 SEEDS = 3
+NAMES = ("study", "algorithm", "setting", "seed", "commit")  # the columns that are no numbers
 
-# Options of train.py; all combinations of the values are trained. A step size begins with three half-decades,
-# and is continued where the best is at an edge.
+# Options of train.py; all combinations of the values are trained. A step size begins with three values, half
+# a decade apart, and is continued where the best is at an edge.
 STUDIES = {
     "critic": [dict(task="reviews", algo="reinforce", lr="0.003", critic_epochs="2,4,8", critic_lr="0.001"),
                dict(task="reviews", algo="reinforce", lr="0.003", critic_epochs="2,4", critic_lr="0.003"),
@@ -92,7 +93,8 @@ def run_study(study, out, jobs):
     def finished(run):
         algo, setting, seed = keys[run.path]
         numbers = {name: f"{value:.5g}" for name, value in scores(run).items()}
-        add_row({"study": study, "algorithm": algo, "setting": setting, "seed": seed, **numbers})
+        add_row({"study": study, "algorithm": algo, "setting": setting, "seed": seed, **numbers,
+                 "commit": compare.read_run(run.path).result["commit"]})
 
     missing = [run for key, run in planned.items() if key not in done]
     for run in missing:
@@ -107,9 +109,10 @@ def print_table(study):
     for row in read_rows():
         if row["study"] == study:
             label = f"{compare.READABLE.get(row['algorithm'], row['algorithm'])}, {row['setting']}"
-            numbers = {name: float(value) for name, value in [*row.items()][4:]}
+            numbers = {name: float(row[name]) for name in row if name not in NAMES}
             settings.setdefault(label, []).append(numbers)
-    print(f"\n## {study}\n\n{compare.markdown(compare.lines_of(settings, 'seeds'))}")
+    if settings:
+        print(f"\n## {study}\n\n{compare.markdown(compare.lines_of(settings, 'seeds'))}")
 
 
 def main():

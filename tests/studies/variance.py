@@ -25,7 +25,7 @@ import train
 from advantage import ADVANTAGES, mean_and_variance, token_rewards, whiten
 from algos import fit_critic, flatten, map_micro_batches, reinforce
 from model import BadInput, Critic, load_checkpoint
-from reward import TASKS, load_task
+from reward import TASKS, use_reward_model
 
 CRITIC_FREE = {
     "returns, no baseline": dict(advantage="returns"),
@@ -67,7 +67,7 @@ class Moments:
 def collect(world, critic, seed):
     """A Batch of the world's policy with its values by this critic, and the rewards (B, T)."""
     task, policy, reference, tokenizer, config = world
-    generators = {name: torch.Generator().manual_seed(seed) for name in ("prompts", "sample")}
+    generators = train.random_generators(seed, 0, "cpu")
     batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
     return batch, token_rewards(batch.scores, batch.mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)
 
@@ -130,7 +130,9 @@ def main():
         parser.error(f"{args.run} uses a task file: add --task {config.task} to execute it")
     critic = Critic(policy.config, policy)
     critic.load_state_dict(more["critic"])
-    world = (load_task(args.task or config.task, config.pretrain_seed), policy, reference, tokenizer, config)
+    task = train.load_seeded_task(replace(config, task=args.task or config.task))
+    task = use_reward_model(task, more.get("reward_model"), tokenizer, config)
+    world = (task, policy, reference, tokenizer, config)
     trained = train_critic(world, critic, args.critic_episodes)
     found, explained = measure(world, {"the run's critic": critic, "trained critic": trained}, args.batches)
 
