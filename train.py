@@ -493,7 +493,7 @@ def print_figures(task, columns):
     labels = {"reward": "reward", "true_reward": "true reward", "metric": metric,
               "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats", "entropy": "entropy, nats",
               "distinct_1": "share of distinct words", "distinct_2": "share of distinct pairs",
-              "length": "length, tokens", "ended": "ended", "objective": "reward − β·KL of a text"}
+              "length": "length, tokens", "ended": "ended", "objective": "objective: reward - β·KL"}
     print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>16}" for title in columns))
     for name, label in labels.items():
         if name in next(iter(columns.values())):

@@ -165,7 +165,8 @@ def run_in_a_process(tmp_path, *algos):
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch has no devices that are written in Python")
     task_file(tmp_path)
-    comparisons = [("the cat", " sat", f" ran {i}") for i in range(9)] + [("the dog", " sat", " ran")]
+    comparisons = [("the cat", " sat", f" ran {i}") for i in range(9)]
+    comparisons += [("the dog", " sat", " ran"), ("the mat", " sat", " ran")]
     task_file(tmp_path, TASK + f"preferences = {comparisons}", "preferences.py")
     done = subprocess.run([sys.executable, __file__, tmp_path, *algos], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})

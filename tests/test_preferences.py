@@ -300,7 +300,7 @@ def test_the_built_in_annotator_prefers_kind_words_and_grammar():
 
 # Runs.
 
-SOURCE = TASK + """
+SOURCE = TASK.replace('"the dog"]', '"the dog", "the mat"]') + """
 def metric(prompt, completion):
     return float("cat" in completion)
 

@@ -239,7 +239,7 @@ def test_prompts_that_cannot_be_completed_are_refused(policy):
         sample(policy, [[1] * 18], 4, EOS)
     tokenizer = Tokenizer.learn(TEXTS, 257)
     check_fit(["abc"], tokenizer.encode, 4, 7)
-    with pytest.raises(BadInput, match="'abcd' has 4 tokens; 4 more exceed the context of 7"):
+    with pytest.raises(BadInput, match="'abcd' has at least 4 tokens; 4 more exceed the context of 7"):
         check_fit(["abc", "abcd"], tokenizer.encode, 4, 7)
     with pytest.raises(BadInput, match="empty"):
         check_fit([""], tokenizer.encode, 4, 7)
@@ -258,8 +258,8 @@ def test_prompts_that_end_within_a_token_are_refused(prompts, corpus, size):
 
 @pytest.mark.parametrize("prompts, corpus, says", [
     (["the cat"], ["the cat sat", "the cat ran"] * 9, ""), (["7 "], ["7 8", "7 9"], ""),  # no merges
-    (["the"], ["the cat", "the dog", "theme"] * 9, "3 texts of the corpus begin with a prompt, and 1 of"),
-    (["cat"], ["the dog"], "warning: 0 texts"),
+    (["the"], ["the cat", "the dog", "theme"] * 9, "of 3 texts that begin with a prompt, 1 do not"),
+    (["cat"], ["the dog"], "warning: no text of the corpus"),
     (["the cat"], [], "")])
 def test_other_prompts_pass_and_what_is_unusual_is_a_warning(prompts, corpus, says, capsys):
     check_boundaries(prompts, corpus, Tokenizer.learn(corpus, 257 if prompts == ["7 "] else 275))
