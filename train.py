@@ -148,7 +148,7 @@ class Config:
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
-    "ppo": dict(lr=5e-4),
+    "reinforce": dict(lr=3e-3),
     "reviews": dict(vocab_size=620, max_new_tokens=44),
     "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8,
                      pretrain_steps=4500, pretrain_batch=64, pretrain_lr=3e-3, kl_coef=0.01,

@@ -166,9 +166,9 @@ def test_runs_are_grouped_by_their_options_and_not_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("options, expected", [
-    ([dict(algo="trpo"), dict(algo="ppo", lr=5e-4)], ["TRPO", "PPO"]),  # PPO's default learning rate
+    ([dict(algo="trpo"), dict(algo="reinforce", lr=3e-3)], ["TRPO", "REINFORCE"]),  # its default rate
     ([dict(algo="trpo"), dict(algo="ppo", lr=1e-2)], ["TRPO, lr 0.001", "PPO, lr 0.01"]),
-    ([dict(algo="ppo", lr=5e-4), dict(algo="ppo", lr=5e-4, advantage="rloo", whiten=0)],
+    ([dict(algo="ppo"), dict(algo="ppo", advantage="rloo", whiten=0)],
      ["PPO + GAE", "PPO + RLOO"]),
     ([dict(delta=0.1), dict(delta=0.2, damping=1)], ["TRPO, delta 0.1, damping 0.1",
                                                      "TRPO, delta 0.2, damping 1"])])

@@ -387,9 +387,9 @@ def test_an_existing_run_is_replaced_only_on_request(out, capsys):
 
 @pytest.mark.parametrize("options, expected", [
     ("", dict(task="reviews", algo="trpo", iterations=40, vocab_size=620, max_new_tokens=44, whiten=1)),
-    ("--algo reinforce", dict(iterations=40, name="reviews-reinforce-0")),
+    ("--algo reinforce", dict(iterations=40, lr=3e-3, name="reviews-reinforce-0")),
     ("--algo reinforce --iterations 7 --seed 4", dict(iterations=7, name="reviews-reinforce-4")),
-    ("--algo ppo --advantage rloo", dict(lr=5e-4, whiten=0, name="reviews-ppo-rloo-0")),
+    ("--algo ppo --advantage rloo", dict(lr=1e-3, whiten=0, name="reviews-ppo-rloo-0")),
     ("--advantage grpo --whiten 1 --name mine", dict(whiten=1, name="mine")),
     ("--task addition --algo ppo", dict(lr=1e-4, group_size=1, damping=1.0)),  # the task's lr wins
     ("--task addition --algo reinforce", dict(iterations=150, block_size=16)),
@@ -465,7 +465,7 @@ def test_large_weights_have_defaults_of_their_own(tmp_path):
     assert (addition.lr, addition.max_new_tokens, addition.pretrain_steps) == (1e-5, 4, 9)
     assert (large.n_embd, large.n_layer, large.vocab_size, large.tokenizer) == (1024, 1, 257, "bpe")
     small, _ = train.parse(["--init", str(tmp_path / "small.pt"), "--algo", "ppo"])
-    assert (small.batch_size, small.lr, small.n_embd, small.pretrain_steps) == (256, 5e-4, 16, 0)
+    assert (small.batch_size, small.lr, small.n_embd, small.pretrain_steps) == (256, 1e-3, 16, 0)
 
 
 def test_the_loop_measures_the_kl_of_an_update_on_the_first_64_episodes(tmp_path, monkeypatch):
