@@ -10,7 +10,7 @@ products of TRPO, which keep all their graphs. The gradients of micro-batches ar
 changes no result.
 
 This file leaves out value clipping, an entropy bonus, learning-rate decay and an adaptive KL coefficient,
-because none of them improved reward or grammar when they were measured.
+because in an earlier version none of them clearly improved reward or grammar.
 """
 
 import copy
@@ -210,7 +210,7 @@ def mean_kl(old, policy, batch, config):
 # First order. The three algorithms have one signature; they return columns of metrics.csv.
 
 def reinforce(policy, batch, optimizer, config, generator=None):
-    """One step up the policy gradient E[∇log π(a_t|s_t) A_t], the mean over the actions of the batch.
+    """One optimizer step along the clipped policy gradient E[∇log π(a_t|s_t) A_t], a mean over actions.
 
     Returns diagnostics. Williams 1992; with A_t in place of the return: Sutton et al. 2000.
     """
@@ -237,8 +237,8 @@ def ppo(policy, batch, optimizer, config, generator=None):
     target_kl.
     Returns diagnostics, means over the steps taken.
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7. The KL's estimator is
-    ρ - 1 - log ρ. It is unbiased, because the mean of ρ under π_old is 1, and never negative, because
-    log ρ ≤ ρ - 1: Schulman 2020, "Approximating KL Divergence".
+    ρ - 1 - log ρ. It is never negative, because log ρ ≤ ρ - 1, and unbiased for actions that the update has
+    not used, because the mean of ρ under π_old is 1: Schulman 2020, "Approximating KL Divergence".
     """
     def loss(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
@@ -333,9 +333,9 @@ def fisher_vector_product(policy, batch, config):
        f(u) is computed once for all products.
     2. Jᵀ (diag p - p pᵀ) J v: J v is sent back through the softmax, whose derivative is diag p - p pᵀ.
 
-    Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens 2020, "New Insights and Perspectives on
-    the Natural Gradient Method", section 9; J v by two backward passes: Townsend 2017, "A new trick for
-    calculating Jacobian vector products".
+    Schulman et al. 2015, appendix C.1; Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens
+    2020, "New Insights and Perspectives on the Natural Gradient Method", section 9; J v by two backward
+    passes: Townsend 2017, "A new trick for calculating Jacobian vector products".
     """
     params = trainable(policy)
     n_actions = all_sum(batch.mask.sum())
@@ -383,7 +383,7 @@ def line_search(evaluate, params, step, delta, backtracks=10):
 
 
 def trpo(policy, batch, optimizer, config, generator=None):
-    """The largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
+    """About the largest step up the surrogate E[ρ A], ρ = π(a|s) / π_old(a|s), with mean KL(π_old‖π) ≤ δ.
 
     Let g be the gradient of the surrogate. To second order the KL of a step s is ½ sᵀF s. The step that
     maximizes gᵀs at a KL of δ is s = sqrt(2δ / xᵀF x) x with F x = g, along the natural gradient. The line

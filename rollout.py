@@ -86,7 +86,7 @@ def sample_one(policy, prompt, uniforms, eos_token, temperature=1.0):
 def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generator=None, top_k=0, top_p=1.0):
     """Complete each prompt until the policy chooses eos_token or has chosen max_new_tokens.
 
-    Each row gets what `sample_one` would give it, whatever the other rows are; only the speed differs.
+    Each row gets what `sample_one` would give it, up to rounding, whatever the other rows are.
     policy: (tokens, cache) -> logits, with `kv_cache`.  prompts: B lists of at least one token each.
     temperature, top_k, top_p: see `choose`.
     Returns a Batch of obs, actions, mask and logprobs as long as its longest row: prompt, completion and its

@@ -7,7 +7,7 @@ bit for bit, because the random numbers of an iteration depend only on (seed, it
 
 Read `collect`, `train` and `evaluate` first. This file leaves out comparisons of several runs, because
 tests/studies/compare.py makes them from runs of this program; learning-rate schedules, because decay did not
-help; and logging services, because metrics.csv is enough.
+clearly help; and logging services, because metrics.csv is enough.
 """
 
 import argparse
@@ -143,8 +143,8 @@ class Config:
 
 
 # Defaults that differ by advantage, algorithm, task, and weights of --init. The later of these wins if two
-# name an option, and an option that is given wins over all. Step sizes were tuned on another corpus than the
-# reported one, by tests/studies/tuning.py.
+# name an option, and an option that is given wins over all. The step sizes of reviews were tuned on another
+# corpus than the reported one, by tests/studies/tuning.py.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
@@ -246,7 +246,7 @@ def episode_statistics(task, prompts, completions, batch, config):
 
 
 def objective(stats, config):
-    """What RL maximizes: the mean score minus β times the KL of a whole text, which is KL per token × length.
+    """What RL maximizes if γ = 1: the mean score minus β times the KL of a text, KL per token × length.
 
     It comes from the exact KL of each state. The penalty in the reward is an estimate with the same mean.
     """
@@ -835,7 +835,7 @@ columns of metrics.csv
   reward, length, ended    means over episodes: score without KL penalty; number of actions; share that chose
                            the end of text
   kl, entropy              exact KL from the reference policy, and entropy, in nats per token
-  objective                reward - kl_coef × kl × length, which RL maximizes
+  objective                reward - kl_coef × kl × length, which RL maximizes if gamma is 1
   reward_std, advantage_std   standard deviations of scores, and of advantages before whitening
   true_reward              the task's own reward, if the reward is learned
   uniform_groups           share of the prompts whose completions all have the same score; with --group-size 1
@@ -848,7 +848,7 @@ columns of metrics.csv
   accepted, halvings       1, or 0 if no step was taken; halvings by the line search (trpo)
   surrogate_gain           improvement of the surrogate (trpo)
   step_norm                length of the step, in weights (trpo)
-  cg_relative_residual     unsolved part of F x = g, as |r| / |g| (trpo)
+  cg_relative_residual     unsolved part of (F + damping I) x = g, as |r| / |g| (trpo)
   critic_loss              E[(G-V)²] / Var[G] before the critic is trained; G: Monte-Carlo returns
   explained_variance       1 - Var[G-V] / Var[G], likewise; below 0 is worse than a constant
   seconds                  of the iteration

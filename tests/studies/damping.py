@@ -1,9 +1,10 @@
 """What does damping do to TRPO's step? `python tests/studies/damping.py RUN`.
 
-RUN: a run under gae, such as runs/reviews-trpo-0. One batch of episodes is sampled from its policy; the step
-is TRPO's, s = sqrt(2δ / xᵀ(F + λI)x) x with (F + λI) x = g and F over --fisher-fraction of the episodes. The
-columns: ½ sᵀF s with F over all episodes, and the exact KL of that step, both in nats, where δ is allowed;
-the damping's share of xᵀ(F + λI)x; the cosine of s with g; and λ over the mean eigenvalue of F.
+RUN: a run under gae, such as runs/reviews-trpo-0. One batch of episodes is sampled from its policy. The step
+is TRPO's before its line search: s = sqrt(2δ / xᵀ(F + λI)x) x with (F + λI) x = g and F over a fraction of
+the episodes. The columns: ½ sᵀF s with F over all episodes, and the exact KL of that step, both in nats,
+where δ is allowed; the damping's share of xᵀ(F + λI)x; the cosine of s with g; and λ over the mean eigenvalue
+of F.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def main():
     print(f"{args.run}: δ = {config.delta}, mean eigenvalue of F {eigenvalue:.2e}")
     print("fraction  damping  ½ sᵀF s  exact KL  damping's share  cosine with g  λ / mean eigenvalue")
     for fraction in args.fractions:
-        index = torch.arange(math.ceil(fraction * len(batch.mask)))
+        order = torch.randperm(len(batch.mask), generator=torch.Generator().manual_seed(0))
+        index = order[:math.ceil(fraction * len(batch.mask))]
         part = fisher_vector_product(policy, batch.rows(index), config)
         for damping in args.dampings:
             x, r = conjugate_gradient(lambda v: part(v) + damping * v, g, config.cg_iters)

@@ -1,9 +1,10 @@
 """Tune each algorithm's step size, and the critic's training, in the same way. Prints a table for each study.
 
 `python tests/studies/tuning.py reviews`. All runs of a study have the same number of episodes. Their corpus
-and held-out prompts are those of --pretrain-seed 2, which no reported number uses. A run has two scores, both
-of the objective that RL maximizes, reward - β·KL of a text: the mean over all iterations, and over the last
-fifth of them. The setting with the best mean of the two scores becomes the default.
+is that of --pretrain-seed 2, which no reported number uses. A run has two scores, both of the objective that
+RL maximizes, reward - β·KL of a text: the mean over all iterations, and over the last fifth of them. The step
+size with the best mean of the two scores becomes the default; so does the cheapest training of the critic
+that is not clearly worse than the best.
 
 A finished run is a row of results/tuning.csv, and is not trained again while that row is there.
 """

@@ -2,11 +2,12 @@
 
 RUN: a run with a critic (--advantage gae).
 
-The run's policy stands still, and every estimator gets the same batches of 64 episodes. Noise is the trace of
-the covariance of the batches' gradients over the squared length of their mean; a batch of N times as many
+The run's policy stands still, and every estimator gets the same batches of 64 episodes. Noise is the trace
+of the covariance of the batches' gradients over the squared length of their mean; a batch of N times as many
 episodes has an N-th of it. Cosine is that of the mean gradient with the mean under the trained critic with
-λ = 1, which no critic can bias. R² is the share of the variance of Monte-Carlo returns that a critic
-explains: the run's own critic, and one that was trained on --critic-episodes more episodes of the policy.
+λ = 1, which no critic can bias (γ = 1); it says little where the noise is large. R² is the explained variance
+of Monte-Carlo returns, 1 - Var[G - V] / Var[G], a mean over batches: of the run's own critic, and of one that
+was trained on --critic-episodes more episodes of the policy.
 """
 
 import argparse
