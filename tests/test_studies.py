@@ -1,13 +1,17 @@
-"""The studies variance.py and bench.py."""
+"""The studies variance.py, damping.py, tuning.py and bench.py."""
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
+import compare
 import train
+import tuning
+from damping import mean_eigenvalue
 from helpers import TINY
 from reward import Task, Text, accuracy
 from variance import Moments
@@ -29,8 +33,7 @@ def noise(g):
     moments = Moments(g.shape[1])
     for row in g:
         moments.add(row)
-    halves = torch.tensor(moments.counts) / len(g)
-    torch.testing.assert_close(halves.float(), torch.full((2,), 0.5), atol=0.5 / len(g), rtol=0)
+    assert moments.counts == [(len(g) + 1) // 2, len(g) // 2]
     torch.testing.assert_close(moments.mean().float(), g.mean(0))
     return moments.noise()
 
@@ -58,6 +61,42 @@ def test_a_half_of_the_batches_has_a_noise_of_its_own():
         second.add(other)
     assert moments.noise([0]) == pytest.approx(first.noise())
     assert moments.noise([1]) == pytest.approx(second.noise())
+
+
+# damping.py and tuning.py
+
+def test_the_mean_eigenvalue_is_the_trace_by_the_dimension():
+    A = FACTOR @ FACTOR.T
+    found = mean_eigenvalue(lambda v: A @ v, 2, probes=4000)
+    assert found == pytest.approx(10.25 / 2, rel=0.05)  # a standard error is 1%
+
+
+def test_a_run_of_a_study_that_has_a_row_is_not_trained_again(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train_all(planned, script, jobs, finished):
+        trained.append([run.config.name for run in planned])
+        for run in planned:
+            finished(run)
+        return {}
+
+    def read_run(path):
+        delta = 0.3 if "-0.3-" in path.name else 0.1
+        return SimpleNamespace(columns={"objective": [0] * 4 + [delta], "explained_variance": [0.5] * 5},
+                               result={"after": dict(reward=1, metric=2, kl=3, length=4), "commit": "abc"})
+
+    monkeypatch.setattr(tuning, "RESULTS", tmp_path / "results" / "tuning.csv")
+    monkeypatch.setattr(compare, "train_all", train_all)
+    monkeypatch.setattr(compare, "read_run", read_run)
+    for values in ("0.1,0.3", "0.1,0.3,1"):
+        monkeypatch.setattr(tuning, "STUDIES", {"one": [dict(task="hello", algo="trpo", delta=values)]})
+        assert tuning.run_study("one", tmp_path, 1) == {}
+    assert trained[0] == [f"trpo-delta-{delta}-{seed}" for delta in (0.1, 0.3) for seed in range(3)]
+    assert trained[1] == [f"trpo-delta-1-{seed}" for seed in range(3)]
+    tuning.print_table("one")
+    row = next(line for line in capsys.readouterr().out.splitlines() if "delta 0.3" in line)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[1:6] == ["TRPO, delta 0.3", "3", "0.18 ± 0", "0.06 ± 0", "0.3 ± 0"]
 
 
 # bench.py
