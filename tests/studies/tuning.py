@@ -34,7 +34,7 @@ STUDIES = {
     "reviews": [dict(task="reviews", algo="reinforce", lr="0.001,0.003,0.01"),
                 dict(task="reviews", algo="ppo", lr="0.0003,0.001,0.003"),
                 dict(task="reviews", algo="trpo", delta="0.003,0.01,0.03")],
-    "addition": [dict(task="addition", algo="reinforce", iterations="75", lr="0.00003,0.0001,0.0003"),
+    "addition": [dict(task="addition", algo="reinforce", iterations="75", lr="0.00003,0.0001,0.0003,0.001"),
                  dict(task="addition", algo="ppo", iterations="75", lr="0.00003,0.0001,0.0003"),
                  dict(task="addition", algo="trpo", iterations="75", delta="0.003,0.01,0.03")],
 }
