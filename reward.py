@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from advantage import all_sum, batch_mean, processes, without_rounding
+from advantage import all_sum, batch_mean, mean_and_variance, processes
 from algos import Batch, check_finite, map_micro_batches, mean_gradient, minibatches
 from model import BadInput, Critic
 from rollout import Text, check_fit, complete
@@ -344,9 +344,8 @@ def standardize(model, rewards):
     r = model.mean + model.std·h, so it is enough to change these two numbers.
     """
     rewards = torch.tensor(rewards, device=model.mean.device)
-    mean = batch_mean(rewards)
-    std = batch_mean(without_rounding(rewards - mean, rewards, mean) ** 2).sqrt()
-    std = torch.where(std > 0, std, 1.0)  # zero if all rewards are equal
+    mean, variance = mean_and_variance(rewards, torch.ones_like(rewards, dtype=torch.bool))
+    std = torch.where(variance > 0, variance.sqrt(), 1.0)  # the variance is 0 if all rewards are equal
     model.mean.copy_((model.mean - mean) / std)
     model.std.copy_(model.std / std)
 

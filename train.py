@@ -1034,6 +1034,7 @@ def main(argv=None):
     config, args = parse(sys.argv[1:] if argv is None else argv)
     run = Path(config.out) / config.name
     checkpoint = run / "checkpoint.pt"
+    # With --overwrite the old checkpoint is there until the new run writes its first one.
     replaced = config.overwrite and checkpoint.exists() and checkpoint.stat().st_mtime_ns
     try:
         if args.eval:

@@ -11,7 +11,6 @@ import argparse
 import copy
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,8 +27,7 @@ from algos import (
     trainable,
     unflatten,
 )
-from model import BadInput, Critic, load_checkpoint
-from reward import use_reward_model
+from variance import load_run
 
 
 def mean_eigenvalue(fisher, n, probes=10):
@@ -42,18 +40,12 @@ def mean_eigenvalue(fisher, n, probes=10):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
+    parser.add_argument("--task", help="the run's task, if it is a file: its code will be executed")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 1.0])
     parser.add_argument("--dampings", type=float, nargs="+", default=[0.001, 0.01, 0.1, 1.0])
     args = parser.parse_args()
-    try:
-        policy, reference, tokenizer, more = load_checkpoint(args.run)
-    except BadInput as e:
-        parser.error(str(e))
-    config = replace(train.Config(**more["config"]), max_grad_norm=1e9)
-    critic = Critic(policy.config, policy)
-    critic.load_state_dict(more["critic"])
+    (task, policy, reference, tokenizer, config), critic = load_run(args.run, args.task, parser)
     generators = train.random_generators(0, 10 ** 6, "cpu")
-    task = use_reward_model(train.load_seeded_task(config), more.get("reward_model"), tokenizer, config)
     batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
     reinforce(policy, batch, torch.optim.SGD(policy.parameters(), 0.0), config)
     g = -flatten([p.grad for p in trainable(policy)])

@@ -55,15 +55,14 @@ def plan(study, out):
 
 
 def scores(run):
-    """The numbers of a finished run, a Planned."""
-    found = compare.read_run(run.path)
-    objective = found.columns["objective"]
-    after = found.result["after"]
+    """The numbers of a finished run, a compare.Run."""
+    objective = run.columns["objective"]
+    after = run.result["after"]
     last = math.ceil(len(objective) / 5)
     mean, end = fmean(objective), fmean(objective[-last:])
     return {"both": (mean + end) / 2, "all iterations": mean, "last fifth": end, "reward": after["reward"],
             "metric": after["metric"], "KL": after["kl"], "length": after["length"],
-            "explained variance": fmean(found.columns["explained_variance"][-last:])}
+            "explained variance": fmean(run.columns["explained_variance"][-last:])}
 
 
 def read_rows():
@@ -93,9 +92,10 @@ def run_study(study, out, jobs):
 
     def finished(run):
         algo, setting, seed = keys[run.path]
-        numbers = {name: f"{value:.5g}" for name, value in scores(run).items()}
+        trained = compare.read_run(run.path)
+        numbers = {name: f"{value:.5g}" for name, value in scores(trained).items()}
         add_row({"study": study, "algorithm": algo, "setting": setting, "seed": seed, **numbers,
-                 "commit": compare.read_run(run.path).result["commit"]})
+                 "commit": trained.result["commit"]})
 
     missing = [run for key, run in planned.items() if key not in done]
     for run in missing:

@@ -65,6 +65,27 @@ class Moments:
         return self.sums.sum(0) / sum(self.counts)
 
 
+def load_run(run, task, parser):
+    """(task, policy, reference, tokenizer, config), critic of a run. Exits with status 2 if it has no critic.
+
+    task: its task file, which is executed; None for a built-in task.
+    """
+    try:
+        policy, reference, tokenizer, more = load_checkpoint(run)
+    except BadInput as e:
+        parser.error(str(e))
+    if "critic" not in more:
+        parser.error(f"{run} has no critic: give a run under gae")
+    config = replace(train.Config(**more["config"]), max_grad_norm=1e9)
+    if config.task not in TASKS and task is None:
+        parser.error(f"{run} uses a task file: add --task {config.task} to execute it")
+    config.task = task or config.task
+    critic = Critic(policy.config, policy)
+    critic.load_state_dict(more["critic"])
+    loaded = use_reward_model(train.load_seeded_task(config), more.get("reward_model"), tokenizer, config)
+    return (loaded, policy, reference, tokenizer, config), critic
+
+
 def collect(world, critic, seed):
     """A Batch of the world's policy with its values by this critic, and the rewards (B, T)."""
     task, policy, reference, tokenizer, config = world
@@ -120,20 +141,9 @@ def main():
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--critic-episodes", type=int, default=8192)
     args = parser.parse_args()
-    try:
-        policy, reference, tokenizer, more = load_checkpoint(args.run)
-    except BadInput as e:
-        parser.error(str(e))
-    if "critic" not in more:
-        parser.error(f"{args.run} has no critic: give a run under gae")
-    config = replace(train.Config(**more["config"]), whiten=0, batch_size=64, group_size=4, max_grad_norm=1e9)
-    if config.task not in TASKS and args.task is None:
-        parser.error(f"{args.run} uses a task file: add --task {config.task} to execute it")
-    critic = Critic(policy.config, policy)
-    critic.load_state_dict(more["critic"])
-    task = train.load_seeded_task(replace(config, task=args.task or config.task))
-    task = use_reward_model(task, more.get("reward_model"), tokenizer, config)
-    world = (task, policy, reference, tokenizer, config)
+    world, critic = load_run(args.run, args.task, parser)
+    config = replace(world[-1], whiten=0, batch_size=64, group_size=4)
+    world = (*world[:-1], config)
     trained = train_critic(world, critic, args.critic_episodes)
     found, explained = measure(world, {"the run's critic": critic, "trained critic": trained}, args.batches)
 
