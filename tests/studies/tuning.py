@@ -2,7 +2,7 @@
 
 `python tests/studies/tuning.py reviews`. All runs of a study have the same number of episodes. Their corpus
 is that of --pretrain-seed 2, which no reported number uses. A run has two scores, both of the objective that
-RL maximizes, reward - β·KL of a text: the mean over all iterations, and over the last fifth of them. The step
+RL maximizes, reward - β·KL of a text: the mean over all iterations, and over the last fifth. The step
 size with the best mean of the two scores becomes the default; so does the cheapest training of the critic
 that is not clearly worse than the best.
 
@@ -34,9 +34,21 @@ STUDIES = {
     "reviews": [dict(task="reviews", algo="reinforce", lr="0.001,0.003,0.01"),
                 dict(task="reviews", algo="ppo", lr="0.0003,0.001,0.003"),
                 dict(task="reviews", algo="trpo", delta="0.003,0.01,0.03")],
-    "addition": [dict(task="addition", algo="reinforce", iterations="75", lr="0.00003,0.0001,0.0003,0.001"),
+    "addition": [dict(task="addition", algo="reinforce", iterations="75",
+                      lr="0.00003,0.0001,0.0003,0.001,0.003"),
                  dict(task="addition", algo="ppo", iterations="75", lr="0.00003,0.0001,0.0003"),
                  dict(task="addition", algo="trpo", iterations="75", delta="0.003,0.01,0.03")],
+    # The rate of 0.003 is in "addition".
+    "critic-addition": [dict(task="addition", algo="reinforce", iterations="75", lr="0.001",
+                             critic_lr="0.001"),
+                        dict(task="addition", algo="ppo", iterations="75", lr="0.0001", critic_lr="0.001")],
+    # The defaults, which come from reviews, and their two neighbours.
+    "hello": [dict(task="hello", algo="reinforce", lr="0.001,0.003,0.01"),
+              dict(task="hello", algo="ppo", lr="0.0003,0.001,0.003"),
+              dict(task="hello", algo="trpo", delta="0.003,0.01,0.03")],
+    "preferences": [dict(task="preferences", algo="reinforce", lr="0.001,0.003,0.01"),
+                    dict(task="preferences", algo="ppo", lr="0.0003,0.001,0.003"),
+                    dict(task="preferences", algo="trpo", delta="0.003,0.01,0.03")],
 }
 
 
