@@ -142,8 +142,8 @@ class Config:
     save_every: int = option(5, "iterations between checkpoints", 1)
 
 
-# Defaults that differ by advantage, algorithm, task, and weights of --init. The later of these wins if two
-# name an option, and an option that is given wins over all. The step sizes of reviews were tuned on another
+# Defaults that differ by advantage, algorithm, task, both of these, and weights of --init. The later of these
+# wins if two name an option, and an option that is given wins over all. The step sizes were tuned on another
 # corpus than the reported one, by tests/studies/tuning.py.
 DEFAULTS = {
     "rloo": dict(whiten=0),
@@ -153,6 +153,7 @@ DEFAULTS = {
     "addition": dict(vocab_size=257, block_size=16, max_new_tokens=4, n_embd=128, n_head=8,
                      pretrain_steps=4500, pretrain_batch=64, pretrain_lr=3e-3, kl_coef=0.01,
                      iterations=150, group_size=1, lr=1e-4, damping=1.0),
+    "addition reinforce": dict(lr=1e-3),
     "hello": dict(vocab_size=448, block_size=48, max_new_tokens=28),
     "preferences": dict(vocab_size=620, max_new_tokens=44),
     "init": dict(pretrain_steps=0),
@@ -865,6 +866,14 @@ traceback for an error in a custom file
 """
 
 
+def defaults_of(advantage, algo, task):
+    """Those of DEFAULTS that apply to a new run."""
+    defaults = {}
+    for kind in (advantage, algo, task, f"{task} {algo}"):
+        defaults |= DEFAULTS.get(kind, {})
+    return defaults
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -909,9 +918,7 @@ def parse(argv):
         if "," in asked.algo:
             parser.error(f"--algo takes one algorithm; python tests/studies/compare.py --algo {asked.algo} "
                          "compares several")
-        defaults = {}
-        for kind in (asked.advantage, asked.algo, asked.task):
-            defaults |= DEFAULTS.get(kind, {})
+        defaults = defaults_of(asked.advantage, asked.algo, asked.task)
         if asked.init:
             defaults |= defaults_of_init(asked.init, given, parser)
         config = Config(**defaults | given)

@@ -134,10 +134,8 @@ def follows(name, all_options):
     """Whether an option has its default in all groups: that of their advantage, algorithm and task."""
     known = {f.name: f.default for f in fields(train.Config)}
     for options in all_options:
-        default = known.get(name)
-        for kind in (options["advantage"], options["algo"], options["task"]):
-            default = train.DEFAULTS.get(kind, {}).get(name, default)
-        if options.get(name, default) != default:
+        defaults = known | train.defaults_of(options["advantage"], options["algo"], options["task"])
+        if name in options and options[name] != defaults.get(name):
             return False
     return True
 
