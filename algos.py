@@ -41,6 +41,7 @@ class Batch:
     scores: torch.Tensor = None  # (B,) what the reward function returned
     kl: torch.Tensor = None  # (B, T) the exact KL(π_old‖π_ref) in s_t, nats
     entropy: torch.Tensor = None  # (B, T) the entropy of π_old(·|s_t), nats
+    rewards: torch.Tensor = None  # (B, T) r_t, of which returns are the sums
 
     def rows(self, index, columns=None):
         """The Batch of the episodes that index selects, row numbers or a slice.
@@ -314,7 +315,7 @@ def conjugate_gradient(matvec, b, iters=10, tol=1e-10):
     return x, r
 
 
-def fisher_vector_product(policy, batch, config):
+def fisher_vector_product(policy, batch, config, outputs=None):
     """The function v -> F v, (n,) -> (n,), for the policy's Fisher matrix F over the states of the batch.
 
     The KL of a small step s of the weights is ½ sᵀF s: F is the Hessian of the mean KL(π_old‖π) at π = π_old.
@@ -333,28 +334,33 @@ def fisher_vector_product(policy, batch, config):
        f(u) is computed once for all products.
     2. Jᵀ (diag p - p pᵀ) J v: J v is sent back through the softmax, whose derivative is diag p - p pᵀ.
 
+    outputs: micro-batch -> (z, y), (b, T, K) each, for E[(∂y/∂θ)ᵀ ∂z/∂θ] in place of F, of which z are the
+    logits and y their softmax. With log π(a|s) for both, (b, T, 1), it is the empirical Fisher matrix.
     Schulman et al. 2015, appendix C.1; Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens
     2020, "New Insights and Perspectives on the Natural Gradient Method", section 9; J v by two backward
     passes: Townsend 2017, "A new trick for calculating Jacobian vector products".
     """
+    def logits_and_probs(part):
+        logits = policy(part.obs) / config.temperature  # (b, T, A)
+        return logits, logits.softmax(-1)
+
     params = trainable(policy)
     n_actions = all_sum(batch.mask.sum())
     graphs = []
     for _, part in micro_batches(batch, config.micro_batch):
         with sdpa_kernel(SDPBackend.MATH):  # fused attention's backward pass cannot be differentiated
-            logits = policy(part.obs) / config.temperature  # (b, T, A)
-        probs = logits.softmax(-1)
-        weight = part.mask.unsqueeze(-1).to(logits.dtype) / n_actions  # (b, T, 1), which makes sums means
-        u = torch.zeros_like(logits, requires_grad=True)
+            z, y = (outputs or logits_and_probs)(part)
+        weight = part.mask.unsqueeze(-1).to(z.dtype) / n_actions  # (b, T, 1), which makes sums means
+        u = torch.zeros_like(z, requires_grad=True)
         # zero, because u is; only its graph is used, which is linear in u
-        f_u = torch.autograd.grad(logits, params, u, create_graph=True, materialize_grads=True)
-        graphs.append((probs, weight, u, flatten(f_u)))
+        f_u = torch.autograd.grad(z, params, u, create_graph=True, materialize_grads=True)
+        graphs.append((y, weight, u, flatten(f_u)))
 
     def product(v):
         Fv = torch.zeros_like(v)
-        for probs, weight, u, f_u in graphs:
+        for y, weight, u, f_u in graphs:
             Jv, = torch.autograd.grad(f_u, u, v, retain_graph=True)  # (b, T, A) = ∂(f(u)·v)/∂u
-            Fv += flatten(torch.autograd.grad(probs, params, weight * Jv, retain_graph=True,
+            Fv += flatten(torch.autograd.grad(y, params, weight * Jv, retain_graph=True,
                                               materialize_grads=True))
         return all_sum(Fv)
 

@@ -5,7 +5,7 @@ this file. A custom task is a Python file that defines the same fields: prompts,
 preferences and, optionally, corpus and metric. The building blocks for rewards come first, then what turns a
 task into numbers, then the reward model.
 
-This file leaves out rewards from a server, because a reward is any Python function, and process rewards.
+This file leaves out rewards from a server, because a reward is any Python function.
 """
 
 import copy
@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from advantage import all_sum, batch_mean, mean_and_variance, processes
 from algos import Batch, check_finite, map_micro_batches, mean_gradient, minibatches
 from model import BadInput, Critic
-from rollout import Text, check_fit, complete
+from rollout import Text, check_fit, complete, run_episodes
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Task:
     corpus: list[str]  # texts to imitate in pretraining
     prompts: list[str]  # openings to complete in RL
     heldout: list[str]  # openings for evaluation, none of them in prompts
-    reward: Callable[[str, str], float]  # (prompt, completion) -> what RL maximises
+    # (prompt, completion) -> what RL maximizes: a number, or a list with one number per action
+    reward: Callable[[str, str], float]
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
     # If the reward is to be learned. Either a list of comparisons (prompt, better, worse), or an annotator: a
     # function (prompt, first, second) -> the probability that the first of two completions is preferred.
     preferences: Any = None
     true_reward: Callable[[str, str], float] = None  # next to a learned reward: reported, never trained on
+    run_episodes: Callable = run_episodes  # how an episode goes: in turns, for example
 
 
 # Building blocks for rewards, to be added up: lambda p, c: contains("tea")(p, c) - repetition(p, c).
@@ -118,7 +120,7 @@ def load_task(name, seed):
     corpus = fields.get("corpus", [])
     corpus = [corpus] if isinstance(corpus, str) else corpus
     task = Task(corpus, fields["prompts"], fields["heldout"], reward, fields.get("metric", reward),
-                preferences)
+                preferences, run_episodes=fields.get("run_episodes", run_episodes))
     for field in ("corpus", "prompts", "heldout"):
         texts = getattr(task, field)
         if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
@@ -127,6 +129,8 @@ def load_task(name, seed):
         may_be_missing = function is None and preferences is not None  # it will be learned
         if not (callable(function) or may_be_missing):
             raise BadInput(f"{name}: reward and metric must be functions of a prompt and a completion")
+    if not callable(task.run_episodes):
+        raise BadInput(f"{name}: run_episodes must be a function, see rollout.run_episodes")
     if not (preferences is None or callable(preferences)):
         check_comparisons(name, preferences)
     if not (task.prompts and task.heldout):
@@ -168,36 +172,58 @@ def call(function, prompt, completion):
 
 
 def score(function, prompts, completions):
-    """The numbers that a reward or metric returns for B completions, as B floats.
+    """The B floats that a reward or metric returns for B completions; the sums if it returns lists.
 
-    Raises BadInput if it returns something other than a number, FloatingPointError if a number is not finite
-    or exceeds 1e15.
+    Raises BadInput, FloatingPointError, see `score_actions`.
+    """
+    return [sum(numbers) for numbers in score_actions(function, prompts, completions)]
+
+
+def score_actions(function, prompts, completions):
+    """What a reward returns for B completions, as B lists: of a number per action, or of a single number.
+
+    A single number belongs to the last action.
+    Raises BadInput if it returns something other than a number or such a list, FloatingPointError if a number
+    is not finite or exceeds 1e15.
     """
     name = getattr(function, "__name__", "the reward")
-    numbers = []
+    scores = []
     if getattr(function, "batched", False):
         values = call(function, list(prompts), list(completions))
-        values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
+        values = plain(values)
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             raise BadInput(f"{name} is marked @batched and returned {values!r:.200} for {len(completions)} "
-                           f"completions: return a list of {len(completions)} numbers")
+                           f"completions: return a list of {len(completions)} numbers or lists")
     else:
         values = [call(function, *pair) for pair in zip(prompts, completions)]
     for value, prompt, completion in zip(values, prompts, completions):
         at = f"for the prompt {prompt!r} and the completion {completion!r}"
+        value = plain(value)
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        length = getattr(completion, "length", 1)  # an annotator's pair of completions has none
+        if numbers is value and len(value) != length:
+            raise BadInput(f"{name} returned {value!r:.200} {at}, which has {length} actions: it must return "
+                           "a number, a list with one for each action, or for lists be marked @batched")
         try:
-            numbers.append(float(value))
+            scores.append([float(number) for number in numbers])
         except (TypeError, ValueError, OverflowError, RuntimeError):
             shown = "a huge number" if isinstance(value, int) else repr(value)
             raise BadInput(f"{name} returned {shown} {at}: it must return a number, or for lists be marked "
                            "@batched")
-        if not abs(numbers[-1]) <= 1e15:  # or the squares that a variance adds up would overflow
+        # or the squares that a variance adds up would overflow
+        if not all(abs(number) <= 1e15 for number in scores[-1]):
             raise FloatingPointError(f"{name} returned {value!r} {at}: it must return a finite number of at "
                                      "most 1e15, so divide all rewards by a constant")
-    if 0 < max(map(abs, numbers), default=0) < 1e-15:  # or the squares would underflow
-        raise FloatingPointError(f"{name} returned {numbers[0]!r} and nothing above 1e-15: multiply it by a "
+    largest = max((abs(number) for numbers in scores for number in numbers), default=0)
+    if 0 < largest < 1e-15:  # or the squares would underflow
+        raise FloatingPointError(f"{name} returned {scores[0]!r} and nothing above 1e-15: multiply it by a "
                                  "constant")
-    return numbers
+    return scores
+
+
+def plain(value):
+    """A tensor or array as numbers and lists; everything else unchanged."""
+    return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
 
 
 def annotate(annotator, prompts, first, second, rng):
@@ -371,7 +397,8 @@ def learn_reward(task, policy, tokenizer, config, generators):
     print(f"reward model: two completions of {n * count} prompts, {purpose}", flush=True)
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(2)]
-    texts = complete(policy, policy, prompts, tokenizer, config, config.temperature, generators["sample"])
+    texts = complete(task, policy, policy, prompts, tokenizer, config, config.temperature,
+                     generators["sample"])
 
     # Comparisons to learn from, to choose an epoch by, and to test with: this process's share of them.
     if annotated:

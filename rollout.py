@@ -15,6 +15,7 @@ import bisect
 import math
 import signal
 import sys
+from itertools import islice
 
 import torch
 
@@ -146,9 +147,16 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
 
 
 def completion_texts(batch, tokenizer):
-    """The B completions of a sampled Batch as text, without prompt and end of text."""
-    rows = zip(batch.actions.cpu(), batch.mask.cpu())
-    return [tokenizer.decode(actions[mask].tolist()) for actions, mask in rows]
+    """The B completions of a sampled Batch as text, without prompt and end of text.
+
+    A completion reaches from the first action to the last, so it contains what stands in a hole of the mask.
+    """
+    texts = []
+    for actions, mask in zip(batch.actions.tolist(), batch.mask.tolist()):
+        start = mask.index(True)
+        stop = len(mask) - mask[::-1].index(True)
+        texts.append(tokenizer.decode(actions[start:stop]))
+    return texts
 
 
 # Episodes.
@@ -156,10 +164,10 @@ def completion_texts(batch, tokenizer):
 class Text(str):
     """A string that carries attributes: Text("7+5=", answer="12").answer is "12".
 
-    A prompt may carry what its reward compares with. A completion carries `length`, its number of tokens with
-    the end of text; `ended`, whether it chose the end of text; `kl` and `entropy`, the sums over its actions,
-    in nats; and, for custom rewards and metrics, `mean_ref_logprob`, its mean log-probability per token, in
-    nats, under the reference policy at the run's temperature.
+    A prompt may carry what its reward compares with. A completion carries `tokens`, its actions as strings,
+    the end of text among them; `length`, their number; `ended`, whether it chose the end of text; `kl` and
+    `entropy`, the sums over its actions, in nats; and, for custom rewards and metrics, `mean_ref_logprob`,
+    its mean log-probability per token, in nats, under the reference policy at the run's temperature.
     """
 
     def __new__(cls, text, **attributes):
@@ -168,21 +176,27 @@ class Text(str):
         return self
 
 
-@torch.no_grad()
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
     """Let the policy complete the prompts, and compare it with the reference.
 
     temperature: of sampling; 0 is greedy. KL and entropy are those at config.temperature.
     Returns a Batch without scores, values, advantages and returns, and the completions, a Text each.
+    A task may have its own `run_episodes`, in which the policy acts in several turns.
     """
+    batch = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
+                   tokenizer.eos_token, temperature, generator)
+    return batch, compare_with_reference(batch, policy, reference, tokenizer, config)
+
+
+@torch.no_grad()
+def compare_with_reference(batch, policy, reference, tokenizer, config):
+    """Fill in logprobs, ref_logprobs, kl and entropy of a sampled Batch. Returns its completions, B Texts."""
     def compare(part):
         logp = log_probs(policy, part.obs, config.temperature)  # (b, T, V)
         ref_logp = log_probs(reference, part.obs, config.temperature)
         return torch.stack([action_log_probs(logp, part.actions), action_log_probs(ref_logp, part.actions),
                             kl_divergence(logp, ref_logp), entropy(logp)], -1)  # (b, T, 4)
 
-    batch = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
-                   tokenizer.eos_token, temperature, generator)
     # The log-probabilities are computed anew. Those of the sampler differ in the last digits, because it
     # computes with a cache, and equal policies would have a penalty that is nothing but rounding.
     columns = map_micro_batches(compare, batch, config).masked_fill(~batch.mask.unsqueeze(-1), 0)
@@ -193,16 +207,20 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
     figures = zip(length.tolist(), ended.tolist(), batch.kl.sum(1).tolist(), batch.entropy.sum(1).tolist(),
                   (batch.ref_logprobs.sum(1) / length).tolist())
     names = ("length", "ended", "kl", "entropy", "mean_ref_logprob")
-    texts = completion_texts(batch, tokenizer)
-    return batch, [Text(text, **dict(zip(names, values))) for text, values in zip(texts, figures)]
+    texts = [Text(text, **dict(zip(names, values)))
+             for text, values in zip(completion_texts(batch, tokenizer), figures)]
+    actions = iter(batch.actions[batch.mask].tolist())  # of all rows
+    for text in texts:
+        text.tokens = [tokenizer.encoding.decode([action]) for action in islice(actions, text.length)]
+    return texts
 
 
-def complete(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """The completions of `run_episodes` for any number of prompts, with --batch-size of them at a time."""
+def complete(task, policy, reference, prompts, tokenizer, config, temperature, generator):
+    """The completions of any number of prompts, with --batch-size of them at a time."""
     texts = []
     for start in range(0, len(prompts), config.batch_size):
         some = prompts[start:start + config.batch_size]
-        texts += run_episodes(policy, reference, some, tokenizer, config, temperature, generator)[1]
+        texts += task.run_episodes(policy, reference, some, tokenizer, config, temperature, generator)[1]
     return texts
 
 

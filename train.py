@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
@@ -70,8 +70,8 @@ from model import (
     split_words,
     write_atomically,
 )
-from reward import TASKS, Task, distinct_n, learn_reward, load_task, score, use_reward_model
-from rollout import check_boundaries, check_fit, complete, run_episodes
+from reward import TASKS, Task, distinct_n, learn_reward, load_task, score, score_actions, use_reward_model
+from rollout import check_boundaries, check_fit, complete
 
 ALGOS = {"reinforce": reinforce, "trpo": trpo, "ppo": ppo}
 
@@ -189,20 +189,44 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
 
     Returns this process's share of the Batch, and statistics over the episodes of all processes, which are
     columns of metrics.csv.  critic: None if the estimator does not use one.  generators: `random_generators`.
+    `main` takes another function in place of this one, such as that of tests/examples/dynamic.py.
     """
-    # episodes: group_size completions of each prompt, side by side
+    batch, prompts, completions = scored_episodes(task, policy, reference, tokenizer, config, generators)
+    stats = episode_statistics(task, prompts, completions, batch, config)
+    stats["advantage_std"] = add_advantages(batch, critic, config)
+    return batch, stats
+
+
+def scored_episodes(task, policy, reference, tokenizer, config, generators):
+    """Complete random prompts, group_size times each, side by side, and score the completions.
+
+    Returns a Batch with scores and rewards, but without values, advantages and returns; its prompts, and its
+    completions.
+    """
     n = config.batch_size // config.group_size // processes()[1]
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
     prompts = [task.prompts[i] for i in index for _ in range(config.group_size)]
-    batch, completions = run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
-                                      generators["sample"])
+    batch, completions = task.run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
+                                           generators["sample"])
+
+    # A number is the score of the last action. A list, as long as the completion, has one for each action.
+    flat = []
+    for numbers, text in zip(score_actions(task.reward, prompts, completions), completions):
+        flat += [0.0] * (text.length - len(numbers)) + numbers
+    scores = torch.zeros_like(batch.logprobs)  # (B, T)
+    scores[batch.mask] = torch.tensor(flat, device=scores.device)
+    batch.scores = scores.sum(1)  # (B,)
+    batch.rewards = token_rewards(scores, batch.mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)
+    return batch, prompts, completions
+
+
+def add_advantages(batch, critic, config):
+    """Fill in returns, values, advantages and targets of a Batch that has scores and rewards.
+
+    Returns the standard deviation of the advantages before they are whitened.
+    """
+    rewards = batch.rewards  # (B, T), as all that follow
     mask = batch.mask
-
-    # a score for each episode, a reward for each token
-    batch.scores = torch.tensor(score(task.reward, prompts, completions), device=mask.device)  # (B,)
-    rewards = token_rewards(batch.scores, mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)  # (B, T)
-
-    # returns and values
     batch.returns = discounted_returns(rewards, mask, config.gamma)
     batch.values = torch.zeros_like(rewards)
     if critic is not None:
@@ -210,16 +234,21 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
         critic.rescale_output(mean, variance.sqrt())  # a trained critic keeps its values
         batch.values = map_micro_batches(lambda part: critic(part.obs), batch, config)  # without a graph
 
-    # advantages, and the critic's targets
     estimator = ADVANTAGES[config.advantage]
     batch.advantages, batch.targets = estimator(rewards, batch.scores, batch.values, mask, config)
     check_finite({"mean of the advantages": masked_mean(batch.advantages, mask).item()})
-    stats = episode_statistics(task, prompts, completions, batch, config)
+    std = standard_deviation(batch.advantages, mask)
     if config.whiten:
         batch.advantages = whiten(batch.advantages, mask)
-    if stats["reward_std"] == 0:  # whitening would make a full step of the critic's errors and the penalty
+    if standard_deviation(batch.scores) == 0:  # or whitening would make a full step of the critic's errors
         batch.advantages = torch.zeros_like(batch.advantages)
-    return batch, stats
+    return std
+
+
+def standard_deviation(x, mask=None):
+    """Of x, of any shape, over all its elements or those of the mask, of all processes."""
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    return mean_and_variance(x, mask)[1].sqrt().item()
 
 
 def episode_statistics(task, prompts, completions, batch, config):
@@ -227,16 +256,12 @@ def episode_statistics(task, prompts, completions, batch, config):
     def per_episode(numbers):
         return batch_mean(torch.as_tensor(numbers, dtype=torch.float32, device=batch.mask.device)).item()
 
-    def std(x, mask):
-        return mean_and_variance(x, mask)[1].sqrt().item()
-
     stats = {"reward": per_episode(batch.scores),
-             "reward_std": std(batch.scores, torch.ones_like(batch.scores, dtype=torch.bool)),
+             "reward_std": standard_deviation(batch.scores),
              "kl": masked_mean(batch.kl, batch.mask).item(),
              "entropy": masked_mean(batch.entropy, batch.mask).item(),
              "length": per_episode([text.length for text in completions]),
-             "ended": per_episode([text.ended for text in completions]),
-             "advantage_std": std(batch.advantages, batch.mask)}
+             "ended": per_episode([text.ended for text in completions])}
     stats["objective"] = objective(stats, config)
     if task.true_reward:
         stats["true_reward"] = per_episode(score(task.true_reward, prompts, completions))
@@ -256,16 +281,20 @@ def objective(stats, config):
 
 # The RL loop.
 
-def train(config, resume=False):
-    """Train one run, or resume it: evaluation, RL, evaluation again. Raises BadInput, FloatingPointError."""
-    run, before = prepare(config, resume)
+def train(config, resume=False, collect=collect, schedule=None, log=None):
+    """Train one run, or resume it: evaluation, RL, evaluation again. Raises BadInput, FloatingPointError.
+
+    collect, schedule, log: see `main`.
+    """
+    run, before = prepare(config, resume, schedule, log)
     task, policy, reference, critic = run.task, run.policy, run.reference, run.critic
     warned = set()
 
     for iteration in range(len(run.history) + 1, config.iterations + 1):
         start = time.perf_counter()
         generators = random_generators(config.seed, iteration, run.device)
-        now = copy.copy(config)  # a custom algorithm may change its options, for this iteration only
+        now = options_of_iteration(config, schedule, iteration)
+        run.optimizer.param_groups[0]["lr"] = now.lr
         batch, stats = collect(task, policy, reference, critic, run.tokenizer, now, generators)
         old = copy.deepcopy(policy)
         update = ALGOS[config.algo](policy, batch, run.optimizer, now, generators["update"])
@@ -274,6 +303,7 @@ def train(config, resume=False):
             update["kl_update"] = mean_kl(old, policy, batch.rows(slice(64)), now)
         fit = {}
         if critic is not None:
+            run.critic_optimizer.param_groups[0]["lr"] = now.critic_lr
             fit = fit_critic(critic, batch, run.critic_optimizer, now, generators["update"])
         seconds = time.perf_counter() - start
 
@@ -287,12 +317,31 @@ def train(config, resume=False):
         if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
             figures, _ = run.evaluate_and_log(iteration)
             print_figures(task, {f"after {iteration}": figures})
+            print_best(run.evaluations)
         if iteration % config.save_every == 0:
             run.save()
 
     after = run.evaluate_and_log(len(run.history))
     run.save()
     report(run, before, after)
+
+
+# Options that a schedule may change.
+SCHEDULED = ("kl_coef", "temperature", "lr", "clip", "delta", "critic_lr", "critic_epochs")
+
+
+def options_of_iteration(config, schedule, iteration):
+    """A copy of the options, which a custom algorithm may change, with the schedule's values. See `main`."""
+    values = schedule(iteration) if schedule else {}
+    if not isinstance(values, dict) or not {*values} <= {*SCHEDULED}:
+        raise BadInput(f"the schedule returned {values!r:.200} for iteration {iteration}: it must return a "
+                       f"dict of values for some of {', '.join(SCHEDULED)}")
+    now = replace(config, **values)
+    try:
+        check(now)
+    except BadInput as e:
+        raise BadInput(f"the schedule of iteration {iteration}: {e}")
+    return now
 
 
 def sum_of_weights(policy, critic):
@@ -321,6 +370,7 @@ class Run:
     prompts_hash: str  # by which --resume notices other prompts
     history: list = field(default_factory=list)  # rows of metrics.csv
     evaluations: dict = field(default_factory=dict)  # rows of eval.csv by iteration
+    log: object = None  # see `main`
 
     def evaluate(self, policy=None):
         return evaluate(self.task, policy or self.policy, self.reference, self.tokenizer, self.config)
@@ -328,12 +378,16 @@ class Run:
     def evaluate_and_log(self, iteration):
         evaluation = self.evaluate()
         self.log_evaluation(iteration, *evaluation)
+        if self.config.eval_every:
+            self.save(f"checkpoint-{iteration}.pt")
         return evaluation
 
     def log_evaluation(self, iteration, figures, samples):
         """Write eval.csv and samples-ITERATION.jsonl."""
         self.evaluations[iteration] = {"iteration": iteration, **figures}
         write_table(self.path / "eval.csv", [*self.evaluations.values()])
+        if self.log:
+            self.log("eval", self.evaluations[iteration])
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
         write_atomically(self.path / f"samples-{iteration}.jsonl", lambda file: file.write(lines.encode()))
 
@@ -341,6 +395,8 @@ class Run:
         """Write metrics.csv."""
         self.history.append(row)
         write_table(self.path / "metrics.csv", self.history)
+        if self.log:
+            self.log("metrics", row)
 
     def modules(self):
         """{name: what has a state besides the policy}. What the run does not have is left out."""
@@ -348,12 +404,12 @@ class Run:
                    "critic_optimizer": self.critic_optimizer}
         return {name: module for name, module in modules.items() if module is not None}
 
-    def save(self):
-        """Write checkpoint.pt."""
+    def save(self, name="checkpoint.pt"):
+        """Write a checkpoint."""
         modules = {**self.modules(), "reference": self.reference}
         if self.reward_model is not None:
             modules["reward_model"] = self.reward_model
-        save_checkpoint(self.path / "checkpoint.pt", self.policy, self.tokenizer, config=asdict(self.config),
+        save_checkpoint(self.path / name, self.policy, self.tokenizer, config=asdict(self.config),
                         pretraining=self.pretraining, history=self.history, evaluations=self.evaluations,
                         prompts_hash=self.prompts_hash,
                         **{name: module.state_dict() for name, module in modules.items()})
@@ -364,6 +420,8 @@ class Run:
             for name, module in self.modules().items():
                 module.load_state_dict(saved[name])
                 for p, averages in getattr(module, "state", {}).items():  # torch does not check their shapes
+                    if isinstance(p, str):  # the state of a custom algorithm
+                        continue
                     if any(x.dim() and x.shape != p.shape for x in averages.values()):
                         raise ValueError("the averages of the optimizer do not fit the weights")
             self.history = list(saved["history"])
@@ -374,11 +432,13 @@ class Run:
             raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
 
 
-def prepare(config, resume):
+def prepare(config, resume, schedule, log):
     """A new or resumed Run that has its directory, and its evaluation before RL. Raises BadInput.
 
     Nothing is written or deleted in the directory before everything that can fail has been done.
     """
+    for iteration in range(1, config.iterations + 1):
+        options_of_iteration(config, schedule, iteration)
     device = set_up(config)
     path = Path(config.out) / config.name
     task = load_seeded_task(config)
@@ -407,7 +467,7 @@ def prepare(config, resume):
         critic = Critic(policy.config, policy).to(device)
         critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     run = Run(path, config, device, task, tokenizer, policy, reference, reward_model, critic, optimizer,
-              critic_optimizer, pretraining, hash_of_prompts)
+              critic_optimizer, pretraining, hash_of_prompts, log=log)
     if resume:
         run.restore(saved)
         done = len(run.history)
@@ -437,8 +497,9 @@ def evaluate(task, policy, reference, tokenizer, config):
     completion. figures, means over the sampled completions if nothing else is said:
     reward, metric, length, ended, and true_reward if the task has one; greedy, the metric of a greedy
     completion of each prompt; kl and entropy, means over actions; objective; distinct_1 and distinct_2, the
-    diversity of the completions; and NAME_ci for some, half the width of the 95% interval, from the means of
-    the prompts, because completions of one prompt are alike.
+    diversity of the completions; pass_4 and pass_16, see `pass_at_k`, if all rewards are 0 or 1 and prompts
+    have so many completions; and NAME_ci for some, half the width of the 95% interval, from the means of the
+    prompts, because completions of one prompt are alike.
     Raises BadInput for prompts that are too long.
     """
     check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens,
@@ -446,8 +507,8 @@ def evaluate(task, policy, reference, tokenizer, config):
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
     seed_globally(12345)
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
-    texts = complete(policy, reference, prompts, tokenizer, config, config.temperature, generator)
-    greedy = complete(policy, reference, task.heldout, tokenizer, config, 0, generator)
+    texts = complete(task, policy, reference, prompts, tokenizer, config, config.temperature, generator)
+    greedy = complete(task, policy, reference, task.heldout, tokenizer, config, 0, generator)
 
     functions = {"reward": task.reward, "true_reward": task.true_reward, "metric": task.metric}
     numbers = {name: score(f, prompts, texts) for name, f in functions.items() if f is not None}
@@ -458,6 +519,11 @@ def evaluate(task, policy, reference, tokenizer, config):
 
     figures = {name: fmean(values) for name, values in numbers.items()}
     figures |= {f"{name}_ci": ci(values) for name, values in numbers.items()}
+    if {*numbers["reward"]} <= {0, 1}:  # pass@1 is the reward
+        for k in (4, 16):
+            if len(prompts) >= k * n:
+                solved = [pass_at_k(numbers["reward"][i::n], k) for i in range(n)]
+                figures |= {f"pass_{k}": fmean(solved), f"pass_{k}_ci": half_width(solved)}
     figures["greedy"] = fmean(score(task.metric, task.heldout, greedy))
     length = fmean(text.length for text in texts)
     kl = fmean(text.kl for text in texts) / length  # per action
@@ -469,6 +535,16 @@ def evaluate(task, policy, reference, tokenizer, config):
     samples = [{"prompt": prompt, "completion": text, **dict(zip(numbers, values))}
                for prompt, text, *values in zip(prompts, texts, *numbers.values())]
     return figures, samples
+
+
+def pass_at_k(rewards, k):
+    """An unbiased estimate of the probability that at least one of k completions of a prompt has reward 1.
+
+    rewards: 0 or 1 for each of its n ≥ k completions. It is the share of all choices of k of them that
+    contain a 1. Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+    """
+    failures = rewards.count(0)
+    return 1 - math.comb(failures, k) / math.comb(len(rewards), k)
 
 
 # The 97.5% quantiles of Student's t distribution for 1 to 9 degrees of freedom.
@@ -488,22 +564,34 @@ def metric_name(task):
     return getattr(task.metric, "__name__", "metric").replace("<lambda>", "metric")
 
 
+def with_interval(figures, name):
+    """A figure as text, with half of its interval if that is known."""
+    ci = figures.get(f"{name}_ci", math.nan)
+    return f"{figures[name]:.3f}" if math.isnan(ci) else f"{figures[name]:.3f} ± {ci:.3f}"
+
+
 def print_figures(task, columns):
     """Print the figures of `evaluate`. columns: {title: figures}."""
     metric = metric_name(task)
-    labels = {"reward": "reward", "true_reward": "true reward", "metric": metric,
-              "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats", "entropy": "entropy, nats",
-              "distinct_1": "share of distinct words", "distinct_2": "share of distinct pairs",
-              "length": "length, tokens", "ended": "ended", "objective": "objective: reward - β·KL"}
+    labels = {"reward": "reward", "true_reward": "true reward", "pass_4": "pass@4", "pass_16": "pass@16",
+              "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats",
+              "entropy": "entropy, nats", "distinct_1": "share of distinct words",
+              "distinct_2": "share of distinct pairs", "length": "length, tokens", "ended": "ended",
+              "objective": "objective: reward - β·KL"}
     print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>16}" for title in columns))
     for name, label in labels.items():
         if name in next(iter(columns.values())):
-            cells = []
-            for figures in columns.values():
-                ci = figures.get(f"{name}_ci", math.nan)
-                text = f"{figures[name]:.3f}" if math.isnan(ci) else f"{figures[name]:.3f} ± {ci:.3f}"
-                cells.append(f"{text:>16}")
-            print(f"{label:25}" + "".join(cells))
+            cells = [with_interval(figures, name) for figures in columns.values()]
+            print(f"{label:25}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def print_best(evaluations):
+    """Print which evaluation has the highest reward, and a warning if the last is clearly worse."""
+    best = max(evaluations.values(), key=lambda row: row["reward"])
+    print(f"the highest held-out reward is {with_interval(best, 'reward')}, after {best['iteration']} "
+          "iterations")
+    if evaluations[max(evaluations)]["reward"] < best["reward"] - best["reward_ci"]:
+        print("warning: since then it has fallen by more than this interval")
 
 
 def warnings(history):
@@ -737,7 +825,8 @@ def write_table(path, rows):
 
 def written_files(run, suffix=""):
     """The files of a run, its checkpoint first. run: the directory."""
-    names = ("checkpoint.pt", "config.json", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl")
+    names = ("checkpoint.pt", "config.json", "result.json", "metrics.csv", "eval.csv", "samples-*.jsonl",
+             "checkpoint-*.pt")
     return [file for name in names for file in run.glob(name + suffix)]
 
 
@@ -808,6 +897,8 @@ def report(run, before, after):
     for old, new in list(zip(before[1], after[1]))[:6]:
         print(f"\nbefore  {old['prompt']}{old['completion']}\nafter   {new['prompt']}{new['completion']}")
     print_figures(run.task, {"before": before[0], "after": after[0]})
+    if run.config.eval_every:
+        print_best(run.evaluations)
     print(f"pretraining {run.pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run.path}")
 
 
@@ -826,6 +917,7 @@ EPILOG = """\
 files of a run, in runs/NAME
   config.json              the options
   checkpoint.pt            all weights and states, for --resume, --eval, --init and rollout.py
+  checkpoint-ITERATION.pt  those of that evaluation, with --eval-every, for --init and rollout.py
   metrics.csv              a row for each iteration
   eval.csv                 a row for each evaluation
   samples-ITERATION.jsonl  the completions of that evaluation
@@ -857,7 +949,9 @@ columns of metrics.csv
 columns of eval.csv, over completions of held-out prompts
   reward, metric           means of the reward and of the task's metric
   greedy                   the metric of greedy completions
-  reward_ci, metric_ci, kl_ci, true_reward_ci   half the width of a 95% interval over prompts
+  pass_4, pass_16          probability that one of k completions has reward 1, if all rewards are 0 or 1
+  reward_ci, metric_ci, kl_ci, true_reward_ci, pass_4_ci, pass_16_ci   half the width of a 95% interval over
+                           prompts
   kl, entropy, objective, length, ended, true_reward   as above
   distinct_1, distinct_2   share of different words, or pairs of words, among the first 1,000; nan if fewer
 
@@ -927,7 +1021,10 @@ def parse(argv):
     if not config.name:
         estimator = "" if config.advantage == "gae" else f"-{config.advantage}"
         config.name = f"{Path(config.task).stem}-{config.algo}{estimator}-{config.seed}"
-    check(config, parser)
+    try:
+        check(config)
+    except BadInput as e:
+        parser.error(str(e))
     return config, args
 
 
@@ -975,33 +1072,33 @@ def defaults_of_init(init, given, parser):
     return {**defaults, **asdict(policy.config), "tokenizer": tokenizer.name}
 
 
-def check(config, parser):
-    """parser.error, which exits with status 2, for values out of range or that contradict each other."""
+def check(config):
+    """Raises BadInput for values that are out of range or contradict each other."""
     for f in fields(Config):
         value = getattr(config, f.name)
         low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
         types = (int, float) if f.type is float else f.type
         if not isinstance(value, types) or choices and value not in choices:
-            parser.error(f"{flag(f.name)} cannot be {value!r}")
+            raise BadInput(f"{flag(f.name)} cannot be {value!r}")
         if low is not None and not low <= value <= high:
-            parser.error(f"{flag(f.name)} must be from {low:g} to {high:g}, not {value}")
+            raise BadInput(f"{flag(f.name)} must be from {low:g} to {high:g}, not {value}")
     c = config
     if c.algo not in ALGOS:
-        parser.error(f"unknown --algo {c.algo!r}: choose from {', '.join(ALGOS)}")
+        raise BadInput(f"unknown --algo {c.algo!r}: choose from {', '.join(ALGOS)}")
     if c.n_embd % c.n_head:
-        parser.error(f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
+        raise BadInput(f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
     count = int(os.environ.get("WORLD_SIZE", 1))  # processes
     if c.batch_size % (count * c.group_size):
-        parser.error(f"--batch-size {c.batch_size} must be a multiple of --group-size {c.group_size}, times "
-                     f"the number of processes, {count}")
+        raise BadInput(f"--batch-size {c.batch_size} must be a multiple of --group-size {c.group_size}, "
+                       f"times the number of processes, {count}")
     if c.batch_size < count * c.minibatches or c.pretrain_batch < count:
-        parser.error(f"--batch-size {c.batch_size} must be at least --minibatches {c.minibatches} times the "
-                     f"number of processes, {count}, and --pretrain-batch at least that number")
+        raise BadInput(f"--batch-size {c.batch_size} must be at least --minibatches {c.minibatches} times "
+                       f"the number of processes, {count}, and --pretrain-batch at least that number")
     if c.advantage in GROUP_BASED and c.group_size < 2:
-        parser.error(f"--advantage {c.advantage} needs --group-size 2 or more, to compare within a prompt")
+        raise BadInput(f"--advantage {c.advantage} needs --group-size 2 or more, to compare within a prompt")
     if c.name and Path(c.name).name != c.name or c.name in ("..", "pretrained") or len(c.name) > 200:
-        parser.error(f"--name {c.name} must not contain a slash, be 'pretrained', or be longer than 200 "
-                     "characters; use --out to choose the parent directory")
+        raise BadInput(f"--name {c.name} must not contain a slash, be 'pretrained', or be longer than 200 "
+                       "characters; use --out to choose the parent directory")
 
 
 def set_up(config):
@@ -1034,10 +1131,16 @@ def evaluate_again(config):
     print_figures(task, {"after": figures})
 
 
-def main(argv=None):
-    """Do what the command line says. Returns the exit status."""
+def main(argv=None, collect=collect, schedule=None, log=None):
+    """Do what the command line says. Returns the exit status. A custom script may give three functions:
+
+    collect: in place of the one above.
+    schedule: iteration, from 1 -> {option: value} for that iteration, see SCHEDULED.
+    log: ("metrics" or "eval", row) -> None, called with each new row of metrics.csv or eval.csv, a dict.
+    """
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w", errors="replace")  # the first process speaks for all
+        log = None
     config, args = parse(sys.argv[1:] if argv is None else argv)
     run = Path(config.out) / config.name
     checkpoint = run / "checkpoint.pt"
@@ -1048,7 +1151,7 @@ def main(argv=None):
             evaluate_again(config)
         else:
             with claimed(run, may_exist=bool(args.resume) or config.overwrite):
-                train(config, resume=bool(args.resume))
+                train(config, bool(args.resume), collect, schedule, log)
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -123,11 +123,11 @@ def waits_of_an_iteration(folder, *options):
         seen.append({f"{os.path.basename(file)}: {linecache.getline(file, line).strip()}": n
                      for (file, line), n in waits.items()})
         waits.clear()
-        return collect(*args)
+        return scored_episodes(*args)
 
-    collect, train.collect = train.collect, counting
+    scored_episodes, train.scored_episodes = train.scored_episodes, counting
     train_run(folder, NAME, "--iterations", 3, "--save-every", 100, *options)
-    train.collect = collect
+    train.scored_episodes = scored_episodes
     return seen[2]
 
 

@@ -157,7 +157,7 @@ def test_rewards_have_mean_0_and_spread_1_on_the_policys_own_completions(policy,
     model = learn_reward(task, policy, tokenizer, run, generators())
     assert not any(p.requires_grad for p in model.parameters())
     generator = torch.Generator().manual_seed(3)
-    texts = complete(policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator)
+    texts = complete(task, policy, policy, PROMPTS * 60, tokenizer, run, 1.0, generator)
     rewards = torch.tensor(learned_reward(model, tokenizer, config())(PROMPTS * 60, texts))
     assert rewards.mean().abs() < 0.1 and (rewards.std() - 1).abs() < 0.1
 
@@ -177,7 +177,7 @@ def test_an_annotator_decides_with_the_probability_that_it_gives():
 
 
 def test_two_completions_of_the_same_prompt_are_compared(policy, tokenizer, monkeypatch):
-    def complete(policy, reference, prompts, *args):
+    def complete(task, policy, reference, prompts, *args):
         return [f" {prompt} {i}" for i, prompt in enumerate(prompts)]
 
     def preferences(prompt, *two):

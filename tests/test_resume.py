@@ -108,9 +108,9 @@ def interrupt(context, tmp_path):
 
 
 @pytest.mark.parametrize("algo, number, function, count", [
-    ("reinforce", signal.SIGTERM, "train.collect", 9),
+    ("reinforce", signal.SIGTERM, "train.scored_episodes", 9),
     ("ppo", signal.SIGKILL, "train.fit_critic", 8),
-    ("trpo", signal.SIGKILL, "torch.save", 4),  # while it writes the checkpoint of iteration 9
+    ("trpo", signal.SIGKILL, "torch.save", 6),  # while it writes the checkpoint of iteration 9
 ])
 def test_a_killed_run_resumes_to_the_bit(out, interrupt, uninterrupted, algo, number, function, count):
     run = out / f"{algo}-killed"
@@ -126,7 +126,7 @@ def test_more_iterations_equal_one_longer_run_that_is_finished_only_at_its_end(o
     run = out / "longer"
     assert train.main(command(out, "--algo", "ppo", "--name", run.name, "--iterations", 5)) is None
     assert (run / "result.json").exists()
-    interrupt(resume(run, "--iterations", 12, "--save-every", 2), signal.SIGKILL, "train.collect", 4)
+    interrupt(resume(run, "--iterations", 12, "--save-every", 2), signal.SIGKILL, "train.scored_episodes", 4)
     assert not (run / "result.json").exists()
     assert train.main(resume(run)) is None  # to the twelve iterations that were asked for
     assert outcome(run) == uninterrupted("ppo")
@@ -137,7 +137,7 @@ def test_a_run_whose_sizes_leave_remainders_resumes(out, interrupt):
     """60 episodes in groups of 3, 7 minibatches of 9 or 8, evaluations and checkpoints out of step."""
     options = "--algo ppo --batch-size 60 --group-size 3 --minibatches 7 --micro-batch 100".split()
     assert train.main(command(out, *options, "--name", "remainders-whole")) is None
-    interrupt(command(out, *options, "--name", "remainders"), signal.SIGKILL, "train.collect", 8)
+    interrupt(command(out, *options, "--name", "remainders"), signal.SIGKILL, "train.scored_episodes", 8)
     assert train.main(resume(out / "remainders")) is None
     assert outcome(out / "remainders") == outcome(out / "remainders-whole")
 
@@ -145,7 +145,7 @@ def test_a_run_whose_sizes_leave_remainders_resumes(out, interrupt):
 def test_ctrl_c_names_the_ways_to_continue(out, interrupt, uninterrupted):
     run = out / "interrupted"
     argv = command(out, "--algo", "ppo", "--name", run.name)
-    status, err = interrupt(argv, signal.SIGINT, "train.collect", 8)
+    status, err = interrupt(argv, signal.SIGINT, "train.scored_episodes", 8)
     assert status == 130 and f"to go on, {' '.join(resume(run))}\n" in err and err.count("\n") == 2
     assert train.main(resume(run)) is None
     assert outcome(run) == uninterrupted("ppo")
@@ -156,7 +156,7 @@ def test_after_ctrl_c_before_a_run_is_replaced_the_same_command_continues(out, i
     argv = command(out, "--iterations", 1, "--name", "replaced")
     assert train.main(argv) is None
     for function, advice in [("train.evaluate", "give the same command again\n"),
-                             ("train.collect", "--resume")]:
+                             ("train.scored_episodes", "--resume")]:
         status, err = interrupt([*argv, "--overwrite", "--seed", "1"], signal.SIGINT, function, 1)
         assert status == 130 and f"to go on, {advice}" in err
 
@@ -164,7 +164,7 @@ def test_after_ctrl_c_before_a_run_is_replaced_the_same_command_continues(out, i
 def test_iterations_after_the_last_checkpoint_that_are_not_repeated_leave_the_table(out, interrupt):
     run = out / "fewer"
     argv = command(out, "--iterations", 5, "--name", run.name)
-    interrupt(argv, signal.SIGKILL, "train.collect", 5)
+    interrupt(argv, signal.SIGKILL, "train.scored_episodes", 5)
     assert len(rows(run)) == 4
     assert train.main(resume(run, "--iterations", 3)) is None
     assert len(rows(run)) == 3

@@ -197,8 +197,8 @@ def timed(labels):
 
 
 REFERENCE = "reference, KL, entropy"
-COLLECTING = {"sample": "sampling", "score": "reward", "log_probs": REFERENCE, "kl_divergence": REFERENCE,
-              "entropy": REFERENCE}
+COLLECTING = {"sample": "sampling", "score_actions": "reward", "log_probs": REFERENCE,
+              "kl_divergence": REFERENCE, "entropy": REFERENCE}
 
 
 def iteration(rounds=25, options=()):
@@ -260,7 +260,7 @@ def sampling():
     return show("Sampling, in forward passes over the finished episodes", rows)
 
 
-PHASES = {"pretrained": "pretraining", **COLLECTING, "trpo": "update", "fit_critic": "critic's fit",
+PHASES = {"load_or_pretrain": "pretraining", **COLLECTING, "trpo": "update", "fit_critic": "critic's fit",
           "evaluate": "evaluation", "save_checkpoint": "checkpoints"}
 OPERATORS = {"mm": "matrix products", "addmm": "matrix products", "bmm": "matrix products", "gelu": "GELU",
              "_scaled_dot_product": "attention", "native_layer_norm": "layer norm", "_softmax": "softmax",

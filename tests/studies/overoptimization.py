@@ -104,7 +104,7 @@ def best_of(run, seed, counts=N, task="preferences"):
     task = use_reward_model(task, more["reward_model"], tokenizer, config)
     generator, most = torch.Generator().manual_seed(seed), max(counts)
     prompts = [prompt for prompt in task.heldout for _ in range(most)]
-    texts = complete(reference, reference, prompts, tokenizer, config, 1.0, generator)
+    texts = complete(task, reference, reference, prompts, tokenizer, config, 1.0, generator)
     pairs = list(zip(*(score(function, prompts, texts) for function in (task.reward, task.true_reward))))
     groups = [pairs[i:i + most] for i in range(0, len(pairs), most)]
     best = {n: [max(group[i:i + n]) for group in groups for i in range(0, most, n)] for n in counts}

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from advantage import ADVANTAGES, mean_and_variance, token_rewards, whiten
+from advantage import ADVANTAGES, mean_and_variance, whiten
 from algos import fit_critic, flatten, map_micro_batches, reinforce
 from model import BadInput, Critic, load_checkpoint
 from reward import TASKS, use_reward_model
@@ -87,11 +87,10 @@ def load_run(run, task, parser):
 
 
 def collect(world, critic, seed):
-    """A Batch of the world's policy with its values by this critic, and the rewards (B, T)."""
+    """A Batch of the world's policy with its values by this critic."""
     task, policy, reference, tokenizer, config = world
     generators = train.random_generators(seed, 0, "cpu")
-    batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
-    return batch, token_rewards(batch.scores, batch.mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)
+    return train.collect(task, policy, reference, critic, tokenizer, config, generators)[0]
 
 
 def train_critic(world, critic, episodes):
@@ -100,7 +99,7 @@ def train_critic(world, critic, episodes):
     config = replace(world[-1], batch_size=256, critic_epochs=4)
     optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr)
     for i in range(episodes // config.batch_size):
-        batch, _ = collect((*world[:-1], config), critic, 10 ** 6 + i)
+        batch = collect((*world[:-1], config), critic, 10 ** 6 + i)
         fit_critic(critic, batch, optimizer, config, torch.Generator().manual_seed(i))
     return critic
 
@@ -113,24 +112,25 @@ def measure(world, critics, batches):
     found = {}
     explained = {name: [] for name in critics}
 
-    def add(name, batch, rewards, choice):
+    def add(name, batch, choice):
         chosen = replace(config, **choice)
-        advantages, _ = ADVANTAGES[chosen.advantage](rewards, batch.scores, batch.values, batch.mask, chosen)
+        estimator = ADVANTAGES[chosen.advantage]
+        advantages, _ = estimator(batch.rewards, batch.scores, batch.values, batch.mask, chosen)
         batch.advantages = whiten(advantages, batch.mask) if chosen.whiten else advantages
         reinforce(policy, batch, still, chosen)
         found.setdefault(name, Moments(n)).add(flatten([p.grad for p in policy.parameters()]))
 
     for seed in range(batches):
-        batch, rewards = collect(world, None, seed)
+        batch = collect(world, None, seed)
         for name, choice in CRITIC_FREE.items():
-            add(name, batch, rewards, choice)
+            add(name, batch, choice)
         for name, critic in critics.items():
             batch.values = map_micro_batches(lambda part: critic(part.obs), batch, config)
             _, variance = mean_and_variance(batch.returns, batch.mask)
             _, unexplained = mean_and_variance(batch.returns - batch.values, batch.mask)
             explained[name].append(1 - (unexplained / variance).item())
             for estimator, choice in WITH_CRITIC.items():
-                add(f"{name}, {estimator}", batch, rewards, choice)
+                add(f"{name}, {estimator}", batch, choice)
     return found, {name: fmean(values) for name, values in explained.items()}
 
 
