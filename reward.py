@@ -172,17 +172,13 @@ def call(function, prompt, completion):
 
 
 def score(function, prompts, completions):
-    """The B floats that a reward or metric returns for B completions; the sums if it returns lists.
-
-    Raises BadInput, FloatingPointError, see `score_actions`.
-    """
+    """The B numbers that a reward or metric returns for B completions, or the sums of its lists."""
     return [sum(numbers) for numbers in score_actions(function, prompts, completions)]
 
 
 def score_actions(function, prompts, completions):
-    """What a reward returns for B completions, as B lists: of a number per action, or of a single number.
+    """What a reward returns for B completions, as B lists of a number per action: 0, …, 0, r for a number r.
 
-    A single number belongs to the last action.
     Raises BadInput if it returns something other than a number or such a list, FloatingPointError if a number
     is not finite or exceeds 1e15.
     """
@@ -199,9 +195,9 @@ def score_actions(function, prompts, completions):
     for value, prompt, completion in zip(values, prompts, completions):
         at = f"for the prompt {prompt!r} and the completion {completion!r}"
         value = plain(value)
-        numbers = value if isinstance(value, (list, tuple)) else [value]
         length = getattr(completion, "length", 1)  # an annotator's pair of completions has none
-        if numbers is value and len(value) != length:
+        numbers = value if isinstance(value, (list, tuple)) else [0.0] * (length - 1) + [value]
+        if len(numbers) != length:
             raise BadInput(f"{name} returned {value!r:.200} {at}, which has {length} actions: it must return "
                            "a number, a list with one for each action, or for lists be marked @batched")
         try:

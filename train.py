@@ -24,7 +24,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -200,8 +200,7 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
 def scored_episodes(task, policy, reference, tokenizer, config, generators):
     """Complete random prompts, group_size times each, side by side, and score the completions.
 
-    Returns a Batch with scores and rewards, but without values, advantages and returns; its prompts, and its
-    completions.
+    Returns a Batch, without values, advantages and returns; its prompts; and its completions.
     """
     n = config.batch_size // config.group_size // processes()[1]
     index = torch.randint(len(task.prompts), (n,), generator=generators["prompts"])
@@ -209,23 +208,20 @@ def scored_episodes(task, policy, reference, tokenizer, config, generators):
     batch, completions = task.run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
                                            generators["sample"])
 
-    # A number is the score of the last action. A list, as long as the completion, has one for each action.
-    flat = []
-    for numbers, text in zip(score_actions(task.reward, prompts, completions), completions):
-        flat += [0.0] * (text.length - len(numbers)) + numbers
-    scores = torch.zeros_like(batch.logprobs)  # (B, T)
-    scores[batch.mask] = torch.tensor(flat, device=scores.device)
+    numbers = chain(*score_actions(task.reward, prompts, completions))  # of all actions, row by row
+    scores = torch.zeros_like(batch.logprobs)  # (B, T), 0 except for the last action, if a reward is a number
+    scores[batch.mask] = torch.tensor([*numbers], device=scores.device)
     batch.scores = scores.sum(1)  # (B,)
     batch.rewards = token_rewards(scores, batch.mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)
     return batch, prompts, completions
 
 
 def add_advantages(batch, critic, config):
-    """Fill in returns, values, advantages and targets of a Batch that has scores and rewards.
+    """Fill in returns, values, advantages and targets of a Batch, all of them (B, T).
 
     Returns the standard deviation of the advantages before they are whitened.
     """
-    rewards = batch.rewards  # (B, T), as all that follow
+    rewards = batch.rewards
     mask = batch.mask
     batch.returns = discounted_returns(rewards, mask, config.gamma)
     batch.values = torch.zeros_like(rewards)
@@ -246,7 +242,7 @@ def add_advantages(batch, critic, config):
 
 
 def standard_deviation(x, mask=None):
-    """Of x, of any shape, over all its elements or those of the mask, of all processes."""
+    """The standard deviation of x over its elements, or those of a mask, of all processes."""
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     return mean_and_variance(x, mask)[1].sqrt().item()
 
@@ -565,7 +561,7 @@ def metric_name(task):
 
 
 def with_interval(figures, name):
-    """A figure as text, with half of its interval if that is known."""
+    """The text of a figure, such as 0.978 ± 0.008."""
     ci = figures.get(f"{name}_ci", math.nan)
     return f"{figures[name]:.3f}" if math.isnan(ci) else f"{figures[name]:.3f} ± {ci:.3f}"
 
@@ -950,8 +946,7 @@ columns of eval.csv, over completions of held-out prompts
   reward, metric           means of the reward and of the task's metric
   greedy                   the metric of greedy completions
   pass_4, pass_16          probability that one of k completions has reward 1, if all rewards are 0 or 1
-  reward_ci, metric_ci, kl_ci, true_reward_ci, pass_4_ci, pass_16_ci   half the width of a 95% interval over
-                           prompts
+  NAME_ci                  half the width of the 95% interval over prompts of some columns
   kl, entropy, objective, length, ended, true_reward   as above
   distinct_1, distinct_2   share of different words, or pairs of words, among the first 1,000; nan if fewer
 

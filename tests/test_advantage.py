@@ -131,6 +131,12 @@ def test_the_score_sits_on_the_last_action():
     assert torch.equal(rewards, expected)
 
 
+def test_a_score_for_each_action_stays_there():
+    scores, zeros = numbers(0), torch.zeros(6, 6)
+    rewards = token_rewards(scores, MASK, zeros, zeros, 0.1)
+    assert torch.equal(rewards, scores * MASK)
+
+
 def test_an_action_pays_where_the_policy_is_likelier_than_the_reference():
     logp, ref_logp = numbers(0), numbers(1)
     rewards = token_rewards(torch.zeros(6, dtype=torch.float64), MASK, logp, ref_logp, 0.3)

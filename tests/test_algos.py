@@ -542,6 +542,20 @@ def test_fisher_vector_product_is_that_of_the_explicit_matrix(policy, temperatur
     assert torch.linalg.eigvalsh(F).min() > -1e-12
 
 
+def test_with_log_probabilities_as_outputs_the_product_is_that_of_the_empirical_fisher_matrix(policy):
+    batch = make_batch(policy)
+
+    def outputs(part):
+        logp = action_log_probs(log_probs(policy, part.obs, 1.0), part.actions).unsqueeze(-1)  # (b, T, 1)
+        return logp, logp
+
+    logp = action_log_probs(log_probs(policy, batch.obs, 1.0), batch.actions)[batch.mask]  # (n,)
+    gradients = [flatten(torch.autograd.grad(x, list(policy.parameters()), retain_graph=True)) for x in logp]
+    expected = sum(torch.outer(g, g) for g in gradients) / len(gradients)
+    product = fisher_vector_product(policy, batch, config(micro_batch=9), outputs)
+    torch.testing.assert_close(torch.stack([product(e) for e in eye(len(expected))]), expected)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_fisher_vector_product_is_the_hessian_of_the_kl(policy, temperature):
     """The KL from the old policy, differentiated twice at the old policy, where its gradient is zero."""

@@ -4,8 +4,10 @@ import json
 import math
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +16,13 @@ import torch
 import train
 from algos import Batch, action_log_probs
 from helpers import ROOT, SMALL, TINY, rows, task_file
+from model import GPT, GPTConfig, Tokenizer
 from reward import Text, load_task
 
 EXAMPLES = ROOT / "tests" / "examples"
 
 
-@pytest.fixture(params=["story", "sorting", "translate", "scratchpad"])
+@pytest.fixture(params=["story", "sorting", "translate", "scratchpad", "steps", "turns"])
 def example(request, tmp_path, monkeypatch):
     """The path of an example, in a directory with all that it needs."""
     if request.param == "translate":
@@ -105,34 +108,136 @@ def test_translate_rewards_english_word_order():
     assert task.reward(prompt, "") == 0
 
 
-def test_published_grpo_is_the_gradient_of_its_objective(monkeypatch):
-    """One step on one minibatch: ∇ of the mean over episodes of each one's mean of A log π - β k3."""
-    monkeypatch.setattr(train, "ALGOS", {**train.ALGOS})
-    grpo = runpy.run_path(str(EXAMPLES / "grpo.py"))["grpo"]
+def test_steps_pays_for_a_column_where_it_ends_unless_an_earlier_one_is_wrong():
+    task = load_task(str(EXAMPLES / "steps.py"), 0)
+    prompt = Text("4827+0935=", answer="05762")
+
+    def paid(*tokens):
+        rewards = task.reward(prompt, Text("".join(tokens).removesuffix("<end>"), tokens=tokens))
+        assert len(rewards) == len(tokens)
+        return {token: reward for token, reward in zip(tokens, rewards) if reward}
+
+    right = ("7+5+", "0=12", " 2+3+1=06", " 8+9+0=17 4", "+0+1=05", " ", "05762", "<end>")
+    assert paid(*right) == {" 2+3+1=06": 0.25, " 8+9+0=17 4": 0.5, " ": 0.25, "<end>": 1}
+    wrong = ("7+5+0=12", " 2+3+1=07", " 8+9+0=17", " 4+0+1=05", " 05762")
+    assert paid(*wrong) == {" 2+3+1=07": 0.25, " 05762": 1}
+
+
+def test_turns_has_a_hole_where_the_text_answers(tmp_path):
+    task = load_task(str(EXAMPLES / "turns.py"), 0)
+    tokenizer = Tokenizer.learn(task.corpus, 320)
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    policy, reference = (GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, 16), generator) for _ in range(2))
+    for p in policy.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    config = SimpleNamespace(temperature=0.7, micro_batch=200)
+    prompts = task.prompts[::3]  # of several lengths
+    batch, texts = task.run_episodes(policy, reference, prompts, tokenizer, config, 0.7, generator)
+    assert batch.mask.sum(1).tolist() == [2] * len(prompts)
+    logp = (policy(batch.obs) / 0.7).log_softmax(-1)  # a fresh forward pass
+    for b, (prompt, text) in enumerate(zip(prompts, texts)):
+        first, second = batch.mask[b].nonzero().squeeze(1).tolist()
+        assert tokenizer.decode(batch.obs[b, :first + 1].tolist()) == prompt
+        guess, *hole, last = batch.actions[b, first:second + 1].tolist()
+        guessed = tokenizer.decode([guess])
+        said = task.run_episodes.__globals__["answer"](prompt.secret, guessed.strip())
+        assert tokenizer.decode(hole) == said
+        assert text == guessed + said + tokenizer.decode([last]) and text.length == len(text.tokens) == 2
+        for t, action in ((first, guess), (second, last)):
+            assert batch.logprobs[b, t].item() == pytest.approx(logp[b, t, action].item(), abs=1e-5)
+    answer = task.run_episodes.__globals__["answer"]
+    assert [answer("5", guess) for guess in ("5", "4", "7", "", "12", "x")] == [
+        " right", " higher", " lower", " what", " what", " what"]
+    assert task.reward(prompts[0], f" 9 lower {prompts[0].secret}") == 1
+    assert task.reward(prompts[0], " what what") == 0
+
+
+@pytest.mark.parametrize("different, draws", [(0.5, 3), (0.0, 8), (1.0, 1)])
+def test_dynamic_sampling_keeps_groups_of_different_scores(monkeypatch, different, draws):
+    """Of the groups that are drawn, about a share `different` has different scores."""
+    dynamic = runpy.run_path(str(EXAMPLES / "dynamic.py"))
+    generator = torch.Generator().manual_seed(1)
+    numbers = iter(range(10 ** 6))
+
+    def scored_episodes(task, policy, reference, tokenizer, config, generators):
+        T = 2 + int(torch.randint(4, (1,), generator=generator))  # batches of several widths
+        mask = torch.arange(T) < torch.randint(1, T + 1, (16, 1), generator=generator)
+        obs = torch.arange(16 * T).view(16, T)
+        zeros = torch.zeros(16, T)
+        scores = torch.zeros(8, 2)
+        scores[:, 0] += torch.rand(8, generator=generator) < different
+        names = [f"{next(numbers)}" for _ in range(16)]
+        texts = [Text(name, length=n, ended=True) for name, n in zip(names, mask.sum(1).tolist())]
+        batch = Batch(obs, obs + 1, mask, zeros, ref_logprobs=zeros, kl=zeros, entropy=zeros,
+                      scores=scores.view(-1), rewards=scores.view(-1, 1) * mask)
+        drawn.extend(zip(names, batch.scores.tolist(), mask.sum(1).tolist()))
+        return batch, names, texts
+
+    drawn = []
+    monkeypatch.setattr(train, "scored_episodes", scored_episodes)
+    config = SimpleNamespace(batch_size=16, group_size=2, gamma=1, lam=1, advantage="rloo", whiten=0)
+    kept = []
+    monkeypatch.setattr(train, "episode_statistics",
+                        lambda task, prompts, texts, batch, config: kept.extend(zip(prompts, texts)) or {})
+    batch, stats = dynamic["collect"](None, None, None, None, None, config, None)
+    assert len(batch.scores) == len(kept) == 16 and all(prompt == text for prompt, text in kept)
+    pairs = list(zip(drawn[::2], drawn[1::2]))
+    useful = [pair for pair in pairs if pair[0][1] != pair[1][1]]
+    uniform = [pair for pair in pairs if pair[0][1] == pair[1][1]]
+    expected = [one for pair in (useful + uniform)[:8] for one in pair]
+    assert [(prompt, score, n) for (prompt, _), score, n in zip(
+        kept, batch.scores.tolist(), batch.mask.sum(1).tolist())] == expected
+    assert stats["draws"] == len(drawn) // 16 and abs(stats["draws"] - draws) <= 1
+    assert (batch.advantages != 0).any() == (different > 0)
+
+
+@pytest.mark.parametrize("name", ["grpo_paper", "dr_grpo", "dapo", "gspo", "cispo", "ppo_k2"])
+@pytest.mark.parametrize("micro_batch", [1, 1000])
+def test_a_loss_is_the_gradient_of_its_objective_by_hand(monkeypatch, name, micro_batch):
+    """One step on one minibatch, from a policy that differs from the old one, so some actions are clipped."""
+    monkeypatch.setattr(train, "ALGOS", {**train.ALGOS})
+    monkeypatch.setattr(train, "Config", train.Config)
+    update = runpy.run_path(str(EXAMPLES / "losses.py")) and train.ALGOS[name]
+    generator = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)
+    logits = 2 * rand(5, 5)
     policy = torch.nn.Embedding.from_pretrained(logits.clone(), freeze=False)
     obs, actions = torch.randint(5, (2, 6, 4), generator=generator)
-    mask = torch.arange(4) < torch.tensor([4, 1, 2, 3, 4, 2])[:, None]
-    logprobs = action_log_probs(logits.log_softmax(-1)[obs], actions)
-    ref_logprobs = logprobs - torch.rand(6, 4, generator=generator, dtype=torch.float64)
-    scores = torch.tensor([1, 0, 0, 0.5, 0.5, 0.5], dtype=torch.float64)
-    nothing = torch.full((6, 4), math.nan)  # what it must not read
-    batch = Batch(obs, actions, mask, logprobs, nothing, nothing, nothing, nothing, ref_logprobs,
-                  scores)
-    config = SimpleNamespace(temperature=1.0, micro_batch=1024, clip=0.2, epochs=1, minibatches=1,
-                             max_grad_norm=1e9, kl_coef=0.3, group_size=3)
-    grpo(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config, None)
+    lengths = torch.tensor([4, 1, 2, 3, 4, 2])
+    mask = torch.arange(4) < lengths[:, None]
+    logp = action_log_probs(logits.log_softmax(-1)[obs], actions)
+    old, ref = logp + 2 * rand(6, 4) - 1, logp + rand(6, 4) - 0.5
+    A = (rand(6, 1) - 0.5).expand(6, 4)
+    batch = Batch(obs, actions, mask, old, A, ref_logprobs=ref)
+    config = SimpleNamespace(temperature=1.0, micro_batch=micro_batch, clip=0.1, clip_high=0.2, loss_kl=0.3,
+                             epochs=1, minibatches=1, max_grad_norm=1e9, max_new_tokens=4)
+    update(policy, batch, torch.optim.SGD(policy.parameters(), 1.0), config, None)
 
-    deviation = math.sqrt(1 / 3)  # of 1, 0, 0
+    def clipped(ratio, a, high):
+        """Whether min(ρA, clip(ρ)A) has no gradient."""
+        return ratio > 1 + high and a > 0 or ratio < 1 - 0.1 and a < 0
+
     expected = torch.zeros(5, 5, dtype=torch.float64)
+    n_clipped = 0
     for b, t in mask.nonzero().tolist():
-        advantage = 0 if b >= 3 else (scores[b] - 1 / 3) / deviation
-        slope = advantage - 0.3 * (1 - (ref_logprobs[b, t] - logprobs[b, t]).exp())  # ∂k3 = 1 - π_ref/π
+        ratio, a, n = (logp[b, t] - old[b, t]).exp().item(), A[b, t].item(), lengths[b].item()
+        k1 = (logp[b, t] - ref[b, t]).item()
+        text_ratio = (logp[b, :n] - old[b, :n]).mean().exp().item()
+        high = 0.2 if name in ("dapo", "gspo") else 0.1
+        gone = clipped(text_ratio if name == "gspo" else ratio, a, high)
+        n_clipped += gone
+        slope = {  # the derivative of the objective with respect to log π of this action
+            "grpo_paper": ((0 if gone else ratio * a) - 0.3 * (1 - math.exp(-k1))) / n / 6,
+            "dr_grpo": (0 if gone else ratio * a) / 4 / 6,
+            "dapo": (0 if gone else ratio * a) / 16,
+            "gspo": (0 if gone else text_ratio * a) / n / 6,
+            "cispo": min(ratio, 1.2) * a / 16,
+            "ppo_k2": ((0 if gone else ratio * a) - 0.3 * k1) / 16}[name]
         score = -logits[obs[b, t]].softmax(-1)
         score[actions[b, t]] += 1
-        expected[obs[b, t]] += slope * score / mask[b].sum() / 6
-    torch.testing.assert_close(policy.weight.detach() - logits, expected)
+        expected[obs[b, t]] += slope * score
+    assert 0 < n_clipped < 16
+    torch.testing.assert_close(policy.weight.detach() - logits, expected, rtol=1e-6, atol=1e-9)
 
 
 def run_example(name, folder, *options):
@@ -143,9 +248,62 @@ def run_example(name, folder, *options):
     return done.stdout
 
 
-def test_published_grpo_trains(tmp_path):
-    run_example("grpo.py", tmp_path, "--algo", "grpo")
-    assert [math.isfinite(float(row["loss"])) for row in rows(tmp_path / "mine-grpo-0")] == [True, True]
+@pytest.mark.parametrize("options", ["losses.py --algo gspo --advantage grpo --kl-coef 0",
+                                     "dynamic.py --algo ppo --advantage grpo",
+                                     "hooks.py --algo average --advantage rloo"])
+def test_a_custom_script_trains(tmp_path, options):
+    run_example(*options.split()[:1], tmp_path, *options.split()[1:], "--name", "run")
+    assert [math.isfinite(float(row["loss"])) for row in rows(tmp_path / "run")] == [True, True]
+
+
+EVERY_EXAMPLE = [["own.py", "--algo", "awr", "--advantage", "mean"], ["hooks.py", "--algo", "average"],
+                 ["dynamic.py", "--advantage", "grpo"],
+                 ["losses.py", "--algo", "gspo", "--advantage", "grpo"], ["turns.py"], ["steps.py"],
+                 ["scratchpad.py"], ["sorting.py"], ["story.py"], ["translate.py"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="there is no pkill")
+@pytest.mark.parametrize("example", EVERY_EXAMPLE, ids=lambda example: example[0])
+def test_a_killed_example_resumes_bit_for_bit_in_two_processes(tmp_path, monkeypatch, example):
+    name, *options = example
+    if name == "translate.py":
+        pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: pip install sacrebleu")
+    write_story(tmp_path, monkeypatch)
+    is_task = "train.main" not in (EXAMPLES / name).read_text(encoding="utf-8")
+    script = ROOT / "train.py" if is_task else EXAMPLES / name
+    task = EXAMPLES / name if is_task else task_file(tmp_path)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    sizes = "--pretrain-steps 10 --vocab-size 300 --block-size 96 --max-new-tokens 16 --save-every 2".split()
+    new = [*start, *TINY, *sizes, *options, "--iterations", 8, "--task", task, "--out", tmp_path,
+           "--name"]
+
+    def run(*command):
+        done = subprocess.run([*map(str, command)], text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {key: plain(value) for key, value in x.items()}
+        return x.tolist() if isinstance(x, torch.Tensor) else x
+
+    run(*new, "whole")
+    process = subprocess.Popen([*map(str, new), "killed"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    table = tmp_path / "killed" / "metrics.csv"
+    while process.poll() is None and (not table.exists() or len(rows(tmp_path / "killed")) < 3):
+        time.sleep(0.01)
+    subprocess.run(["pkill", "-KILL", "-f", f"{tmp_path} --name killed"])
+    process.wait()
+    assert not (tmp_path / "killed" / "result.json").exists()
+    run(*start, "--resume", tmp_path / "killed", "--task", task)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    whole, killed = (torch.load(tmp_path / run / "checkpoint.pt") for run in ("whole", "killed"))
+    for one in (whole, killed):
+        for row in one["history"]:
+            del row["seconds"]
+        del one["config"]["name"], one["pretraining"]
+    assert str(plain(whole)) == str(plain(killed))
 
 
 def test_a_custom_algorithm_estimator_and_option_train(tmp_path):

@@ -32,6 +32,7 @@ from reward import (
     opinion,
     repetition,
     score,
+    score_actions,
     words,
 )
 
@@ -209,6 +210,24 @@ def test_a_score_is_any_real_number_for_prompt_and_completion(value):
     reward = lambda prompt, completion: value if (prompt.answer, completion) == ("2", "x") else 0
     scores = score(reward, [Text("a", answer="2")] * 2, ["x", "y"])
     assert scores == [float(value), 0.0] and all(type(x) is float for x in scores)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+@pytest.mark.parametrize("whole_batch", [False, True])
+def test_a_reward_may_return_a_number_for_each_action(kind, whole_batch):
+    completions = [Text("x", length=2, tokens=["x", "<|endoftext|>"]), Text("yz", length=3)]
+    values = {"x": kind([0.5, 2.0]), "yz": 4.0}
+    one = lambda prompt, completion: values[completion]
+    reward = batched(lambda prompts, texts: list(map(one, prompts, texts))) if whole_batch else one
+    assert score_actions(reward, ["a", "b"], completions) == [[0.5, 2.0], [0.0, 0.0, 4.0]]
+    assert score(reward, ["a", "b"], completions) == [2.5, 4.0]
+    for wrong in ([1.0], [1.0, 2.0, 3.0], []):
+        values["x"] = kind(wrong)
+        with pytest.raises(BadInput, match="'x', which has 2 actions: it must return a number, a list with"):
+            score(reward, ["a", "b"], completions)
+    values["x"] = kind([0.0, math.nan])
+    with pytest.raises(FloatingPointError, match="a finite number"):
+        score(reward, ["a", "b"], completions)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])

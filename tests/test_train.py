@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import combinations, islice
 from statistics import fmean, stdev
 from types import SimpleNamespace
 
@@ -131,6 +131,137 @@ def test_an_algorithm_that_changes_its_options_starts_each_iteration_from_those_
     assert go(out, *options, "--iterations", 3) is None
     assert seen == [0.02] * 3 and read(out / "halving" / "config.json")["delta"] == 0.02
     assert load_checkpoint(out / "halving")[3]["config"]["delta"] == 0.02
+
+
+def test_a_reward_for_each_action_is_placed_there_and_its_sum_is_the_score(world):
+    task, policy, reference, critic, tokenizer, config = world
+    config.kl_coef = 0
+    def rewards_of(prompt, text):
+        assert len(text.tokens) == text.length and (text.tokens[-1] == "<|endoftext|>") == text.ended
+        return 5.0 if text.ended else [len(token) + i for i, token in enumerate(text.tokens)]
+
+    generators = {name: torch.Generator().manual_seed(7) for name in ("prompts", "sample")}
+    batch, _ = train.collect(replace(task, reward=rewards_of), policy, reference, critic, tokenizer, config,
+                             generators)
+    ends = (batch.mask & (batch.actions == tokenizer.eos_token)).any(1)
+    assert 0 < ends.sum() < len(ends)
+    for b, mask in enumerate(batch.mask):
+        actions = batch.actions[b, mask].tolist()
+        expected = [len(tokenizer.encoding.decode([action])) + i for i, action in enumerate(actions)]
+        if ends[b]:
+            expected = [0.0] * (len(actions) - 1) + [5.0]
+        assert batch.rewards[b, mask].tolist() == expected and batch.scores[b] == sum(expected)
+        assert (batch.rewards[b, ~mask] == 0).all()
+
+
+# What a custom script gives to main.
+
+def test_a_schedule_sets_the_options_of_an_iteration_also_after_resume(out, monkeypatch):
+    seen = []
+
+    def watching(policy, batch, optimizer, config, generator=None):
+        seen.append((config.kl_coef, config.lr, optimizer.param_groups[0]["lr"]))
+        return train.reinforce(policy, batch, optimizer, config, generator)
+
+    def schedule(iteration):
+        return {"kl_coef": 0.5 / iteration, "lr": 0.01 * iteration} if iteration > 1 else {}
+
+    monkeypatch.setitem(train.ALGOS, "watching", watching)
+    argv = command(out, "--algo", "watching", "--lr", 0.2, "--kl-coef", 0.3, "--name", "schedule")
+    assert train.main(argv, schedule=schedule) is None
+    resumed = ["--resume", str(out / "schedule"), "--task", str(out / "mine.py"), "--iterations", "4"]
+    assert train.main(resumed, schedule=schedule) is None
+    assert seen == [(0.3, 0.2, 0.2)] + [(0.5 / i, 0.01 * i, 0.01 * i) for i in (2, 3, 4)]
+    assert read(out / "schedule" / "config.json")["lr"] == 0.2
+
+
+@pytest.mark.parametrize("value, says", [
+    ({"batch_size": 8}, "the schedule returned {'batch_size': 8} for iteration 2: it must return a dict"),
+    (0.1, "the schedule returned 0.1 for iteration 2: it must return a dict"),
+    ({"lr": -1.0}, "the schedule of iteration 2: --lr must be from 0 to 1e+09, not -1.0"),
+    ({"lr": "a"}, "the schedule of iteration 2: --lr cannot be 'a'")])
+def test_a_bad_schedule_is_one_line_before_anything_is_trained(out, capsys, value, says):
+    argv = command(out, "--name", "unscheduled")
+    assert train.main(argv, schedule=lambda iteration: value if iteration == 2 else {}) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+    assert not (out / "unscheduled").exists()
+
+
+def test_a_logger_gets_the_rows_of_both_tables(out):
+    seen = []
+    argv = command(out, "--iterations", 3, "--eval-every", 2, "--name", "logged")
+    log = lambda table, row: seen.append((table, row["iteration"], row["reward"]))
+    assert train.main(argv, log=log) is None
+    evaluations = load_checkpoint(out / "logged")[3]["evaluations"]
+    assert [pair[:2] for pair in seen] == [("eval", 0), ("metrics", 1), ("metrics", 2), ("eval", 2),
+                                           ("metrics", 3), ("eval", 3)]
+    assert [reward for table, _, reward in seen if table == "eval"] == [
+        evaluations[i]["reward"] for i in (0, 2, 3)]
+
+
+def test_a_custom_collect_takes_the_place_of_the_other(out):
+    def collect(*args):
+        batch, stats = train.collect(*args)
+        return batch, stats | {"mine": 7}
+
+    assert train.main(command(out, "--name", "collected"), collect=collect) is None
+    assert [row["mine"] for row in rows(out / "collected")] == ["7", "7"]
+
+
+def test_eval_every_keeps_the_checkpoint_of_each_evaluation(out, capsys):
+    """The weights of checkpoint-N.pt are those of a run that ends after N iterations."""
+    assert go(out, "--iterations", 3, "--eval-every", 2, "--name", "evaluated") is None
+    assert "the highest held-out reward is" in capsys.readouterr().out
+    assert go(out, "--iterations", 2, "--name", "short") is None
+    assert "the highest held-out reward" not in capsys.readouterr().out
+    files = {path.name for path in (out / "evaluated").glob("checkpoint*")}
+    assert files == {"checkpoint.pt", "checkpoint-2.pt", "checkpoint-3.pt"}
+    kept, short = (load_checkpoint(out / path)[0] for path in ("evaluated/checkpoint-2.pt", "short"))
+    assert same_weights(kept, short)
+    assert go(out, "--iterations", 1, "--name", "evaluated", "--overwrite") is None
+    assert {path.name for path in (out / "evaluated").glob("checkpoint*")} == {"checkpoint.pt"}
+
+
+@pytest.mark.parametrize("rewards, ci, best, fallen", [
+    ([0.1, 0.5, 0.45], 0.06, "0.500 ± 0.060, after 1 iterations", False),
+    ([0.1, 0.5, 0.43], 0.06, "0.500 ± 0.060, after 1 iterations", True),
+    ([0.1, 0.5, 0.6], 0.06, "0.600 ± 0.060, after 2 iterations", False),
+    ([0.1, 0.5, 0.1], math.nan, "0.500, after 1 iterations", False)])
+def test_a_clear_fall_from_the_best_evaluation_is_a_warning(capsys, rewards, ci, best, fallen):
+    train.print_best({i: {"iteration": i, "reward": reward, "reward_ci": ci}
+                      for i, reward in enumerate(rewards)})
+    printed = capsys.readouterr().out
+    assert f"the highest held-out reward is {best}" in printed
+    assert ("warning: since then it has fallen by more than this interval" in printed) == fallen
+
+
+def test_pass_at_k_is_the_share_of_choices_with_a_success():
+    rewards = [0.0, 1.0, 0.0, 0.0, 1.0]
+    for k in (1, 2, 4, 5):
+        choices = [max(chosen) for chosen in combinations(rewards, k)]
+        assert train.pass_at_k(rewards, k) == pytest.approx(fmean(choices))
+
+
+def test_an_evaluation_has_pass_at_k_for_rewards_of_0_and_1_and_enough_completions(world):
+    task, policy, reference, _, tokenizer, config = world
+    binary = replace(task, reward=lambda prompt, text: float(len(text.tokens) > 3))
+    for n, names in [(12, []), (16, ["pass_4"]), (70, ["pass_4", "pass_16"])]:
+        config.eval_episodes = n
+        figures, samples = train.evaluate(binary, policy, reference, tokenizer, config)
+        assert [name for name in figures if re.fullmatch(r"pass_\d+", name)] == names
+        for name in names:
+            k = int(name[5:])
+            by_prompt = [[s["reward"] for s in samples if s["prompt"] == prompt] for prompt in task.heldout]
+            solved = [train.pass_at_k(some, k) for some in by_prompt]
+            assert figures[name] == pytest.approx(fmean(solved))
+            assert figures[f"{name}_ci"] == train.half_width(solved)
+    figures, _ = train.evaluate(task, policy, reference, tokenizer, config)
+    assert "pass_4" not in figures
+
+
+def test_a_default_may_belong_to_a_task_and_an_algorithm():
+    lr = {algo: train.parse(["--task", "addition", "--algo", algo])[0].lr for algo in ("reinforce", "ppo")}
+    assert lr == {"reinforce": 1e-3, "ppo": 1e-4}
 
 
 @pytest.mark.parametrize("estimator, algo", [("gae", "reinforce"), ("gae", "ppo"), ("gae", "trpo"),

@@ -1,0 +1,45 @@
+"""A task of two turns: the policy guesses a number, the text answers, and the policy guesses again.
+
+`python train.py --task tests/examples/turns.py --pretrain-steps 400`. In the corpus, as in "mia thinks of a
+number. 7 lower 2", both guesses are random, and the second is right in one of five texts at most. RL learns
+to begin in the middle and to use the answer: then one of three is right.
+"""
+import random
+
+from rollout import Text, compare_with_reference, sample
+
+NUMBERS = [*"123456789"]
+
+
+def answer(secret, guess):
+    if guess not in NUMBERS:
+        return " what"
+    return " right" if guess == secret else " higher" if guess < secret else " lower"
+
+
+def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
+    """One action, the answer, one action. The answer stands in a hole of the mask."""
+    tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    first = sample(policy, tokens, 1, tokenizer.eos_token, temperature, generator)
+    for row, prompt, guess in zip(tokens, prompts, first.actions[first.mask].tolist()):
+        said = answer(prompt.secret, tokenizer.decode([guess]).strip())
+        row += [guess, *tokenizer.encode(said)]
+    batch = sample(policy, tokens, 1, tokenizer.eos_token, temperature, generator)
+    batch.mask[:, :first.mask.shape[1]] |= first.mask
+    return batch, compare_with_reference(batch, policy, reference, tokenizer, config)
+
+
+def text(name, rng):
+    secret, first, second = rng.choices(NUMBERS, k=3)
+    return f"{name} thinks of a number. {first}{answer(secret, first)} {second}"
+
+
+rng = random.Random(0)
+names = "ada ben cleo dan eva finn gus hana ida jon kim leo mia nora otto pia".split()
+corpus = [text(name, rng) for name in names for _ in range(300)]
+prompts = [Text(f"{name} thinks of a number.", secret=secret) for name in names[4:] for secret in NUMBERS]
+heldout = [Text(f"{name} thinks of a number.", secret=secret) for name in names[:4] for secret in NUMBERS]
+
+
+def reward(prompt, completion):  # the completion is " 7 lower 2"
+    return float(prompt.secret in completion)
