@@ -188,6 +188,7 @@ def numbers(run, goal):
     accepted = columns.get("accepted", [])
     halvings = [h for h, taken in zip(columns.get("halvings", []), accepted) if taken]
     return {"reward": after["reward"], "true reward": after.get("true_reward", math.nan),
+            "pass@4": after.get("pass_4", math.nan), "pass@16": after.get("pass_16", math.nan),
             metric: after.get("metric", math.nan), f"{metric}, greedy": after.get("greedy", math.nan),
             "KL": after.get("kl", math.nan), "entropy": after.get("entropy", math.nan),
             "length": after.get("length", math.nan),
