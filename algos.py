@@ -41,7 +41,7 @@ class Batch:
     scores: torch.Tensor = None  # (B,) what the reward function returned
     kl: torch.Tensor = None  # (B, T) the exact KL(π_old‖π_ref) in s_t, nats
     entropy: torch.Tensor = None  # (B, T) the entropy of π_old(·|s_t), nats
-    rewards: torch.Tensor = None  # (B, T) r_t, of which returns are the sums
+    rewards: torch.Tensor = None  # (B, T) r_t: score and KL penalty; returns are their discounted sums
 
     def rows(self, index, columns=None):
         """The Batch of the episodes that index selects, row numbers or a slice.
@@ -152,7 +152,7 @@ def check_finite(quantities):
     for name, value in quantities.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"the {name} is {value}: lower --lr, --critic-lr or "
-                                     "--delta, or fix your custom loss or reward")
+                                     "--delta, or fix your custom loss, estimator or reward")
 
 
 def trainable(model):
@@ -334,8 +334,10 @@ def fisher_vector_product(policy, batch, config, outputs=None):
        f(u) is computed once for all products.
     2. Jᵀ (diag p - p pᵀ) J v: J v is sent back through the softmax, whose derivative is diag p - p pᵀ.
 
-    outputs: micro-batch -> (z, y), (b, T, K) each, for E[(∂y/∂θ)ᵀ ∂z/∂θ] in place of F, of which z are the
-    logits and y their softmax. With log π(a|s) for both, (b, T, 1), it is the empirical Fisher matrix.
+    outputs: micro-batch -> (z, y), (b, T, K) each. The product is then with E[(∂y/∂θ)ᵀ ∂z/∂θ]. By default
+    z are the logits and y their softmax, which gives F. With log π(a|s) as both, (b, T, 1), it is an estimate
+    of F from the actions taken, which TRPO's paper calls empirical.
+
     Schulman et al. 2015, appendix C.1; Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens
     2020, "New Insights and Perspectives on the Natural Gradient Method", section 9; J v by two backward
     passes: Townsend 2017, "A new trick for calculating Jacobian vector products".

@@ -2,8 +2,8 @@
 
 A built-in task is a function of a seed that returns a Task; `TASKS` names the four of them, at the end of
 this file. A custom task is a Python file that defines the same fields: prompts, heldout, reward or
-preferences and, optionally, corpus and metric. The building blocks for rewards come first, then what turns a
-task into numbers, then the reward model.
+preferences and, optionally, corpus, metric and run_episodes. The building blocks for rewards come first, then
+what turns a task into numbers, then the reward model.
 
 This file leaves out rewards from a server, because a reward is any Python function.
 """
@@ -172,12 +172,12 @@ def call(function, prompt, completion):
 
 
 def score(function, prompts, completions):
-    """The B numbers that a reward or metric returns for B completions, or the sums of its lists."""
+    """The number that a reward or metric returns for each of B completions. A list counts as its sum."""
     return [sum(numbers) for numbers in score_actions(function, prompts, completions)]
 
 
 def score_actions(function, prompts, completions):
-    """What a reward returns for B completions, as B lists of a number per action: 0, …, 0, r for a number r.
+    """For each of B completions a list with one number per action. A single number r becomes [0, …, 0, r].
 
     Raises BadInput if it returns something other than a number or such a list, FloatingPointError if a number
     is not finite or exceeds 1e15.
@@ -185,35 +185,33 @@ def score_actions(function, prompts, completions):
     name = getattr(function, "__name__", "the reward")
     scores = []
     if getattr(function, "batched", False):
-        values = call(function, list(prompts), list(completions))
-        values = plain(values)
+        values = plain(call(function, list(prompts), list(completions)))
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             raise BadInput(f"{name} is marked @batched and returned {values!r:.200} for {len(completions)} "
                            f"completions: return a list of {len(completions)} numbers or lists")
     else:
-        values = [call(function, *pair) for pair in zip(prompts, completions)]
+        values = [call(function, *pair) for pair in zip(prompts, completions, strict=True)]
     for value, prompt, completion in zip(values, prompts, completions):
         at = f"for the prompt {prompt!r} and the completion {completion!r}"
         value = plain(value)
-        length = getattr(completion, "length", 1)  # an annotator's pair of completions has none
-        numbers = value if isinstance(value, (list, tuple)) else [0.0] * (length - 1) + [value]
-        if len(numbers) != length:
-            raise BadInput(f"{name} returned {value!r:.200} {at}, which has {length} actions: it must return "
-                           "a number, a list with one for each action, or for lists be marked @batched")
+        n = getattr(completion, "length", 1)  # actions; an annotator's pair of completions has no length
+        numbers = value if isinstance(value, (list, tuple)) else [0.0] * (n - 1) + [value]
         try:
             scores.append([float(number) for number in numbers])
+            if len(numbers) != n:
+                raise ValueError
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            shown = "a huge number" if isinstance(value, int) else repr(value)
-            raise BadInput(f"{name} returned {shown} {at}: it must return a number, or for lists be marked "
-                           "@batched")
+            shown = "a huge number" if isinstance(value, int) else f"{value!r:.200}"
+            raise BadInput(f"{name} returned {shown} {at}: it must return a number, a list with one for each "
+                           f"of its {n} actions, or for lists of texts be marked @batched")
         # or the squares that a variance adds up would overflow
         if not all(abs(number) <= 1e15 for number in scores[-1]):
-            raise FloatingPointError(f"{name} returned {value!r} {at}: it must return a finite number of at "
-                                     "most 1e15, so divide all rewards by a constant")
+            raise FloatingPointError(f"{name} returned {value!r:.200} {at}: it must return a finite number "
+                                     "of at most 1e15, so divide all rewards by a constant")
     largest = max((abs(number) for numbers in scores for number in numbers), default=0)
     if 0 < largest < 1e-15:  # or the squares would underflow
-        raise FloatingPointError(f"{name} returned {scores[0]!r} and nothing above 1e-15: multiply it by a "
-                                 "constant")
+        raise FloatingPointError(f"{name} returned {values[0]!r:.200} and nothing above 1e-15: multiply it "
+                                 "by a constant")
     return scores
 
 

@@ -15,7 +15,6 @@ import bisect
 import math
 import signal
 import sys
-from itertools import islice
 
 import torch
 
@@ -165,9 +164,10 @@ class Text(str):
     """A string that carries attributes: Text("7+5=", answer="12").answer is "12".
 
     A prompt may carry what its reward compares with. A completion carries `tokens`, its actions as strings,
-    the end of text among them; `length`, their number; `ended`, whether it chose the end of text; `kl` and
-    `entropy`, the sums over its actions, in nats; and, for custom rewards and metrics, `mean_ref_logprob`,
-    its mean log-probability per token, in nats, under the reference policy at the run's temperature.
+    the end of text among them (a character of several tokens is not readable there); `length`, their number;
+    `ended`, whether the last one is the end of text; `kl` and `entropy`, the sums over its actions, in nats;
+    and, for custom rewards and metrics, `mean_ref_logprob`, its mean log-probability per token, in nats,
+    under the reference policy at the run's temperature.
     """
 
     def __new__(cls, text, **attributes):
@@ -202,16 +202,14 @@ def compare_with_reference(batch, policy, reference, tokenizer, config):
     columns = map_micro_batches(compare, batch, config).masked_fill(~batch.mask.unsqueeze(-1), 0)
     batch.logprobs, batch.ref_logprobs, batch.kl, batch.entropy = columns.unbind(-1)
 
-    length = batch.mask.sum(1)  # (B,)
-    ended = (batch.mask & (batch.actions == tokenizer.eos_token)).any(1)
-    figures = zip(length.tolist(), ended.tolist(), batch.kl.sum(1).tolist(), batch.entropy.sum(1).tolist(),
-                  (batch.ref_logprobs.sum(1) / length).tolist())
-    names = ("length", "ended", "kl", "entropy", "mean_ref_logprob")
-    texts = [Text(text, **dict(zip(names, values)))
-             for text, values in zip(completion_texts(batch, tokenizer), figures)]
-    actions = iter(batch.actions[batch.mask].tolist())  # of all rows
-    for text in texts:
-        text.tokens = [tokenizer.encoding.decode([action]) for action in islice(actions, text.length)]
+    sums = torch.stack([batch.kl.sum(1), batch.entropy.sum(1), batch.ref_logprobs.sum(1)], 1)  # (B, 3)
+    texts = []
+    for text, actions, mask, (kl, nats, ref) in zip(completion_texts(batch, tokenizer), batch.actions.cpu(),
+                                                    batch.mask.cpu(), sums.tolist()):
+        actions = actions[mask].tolist()
+        texts.append(Text(text, tokens=[tokenizer.encoding.decode([action]) for action in actions],
+                          length=len(actions), ended=actions[-1] == tokenizer.eos_token, kl=kl, entropy=nats,
+                          mean_ref_logprob=ref / len(actions)))
     return texts
 
 

@@ -6,14 +6,14 @@ last checkpoint, which is written atomically every few iterations. `--resume` re
 bit for bit, because the random numbers of an iteration depend only on (seed, iteration).
 
 Read `collect`, `train` and `evaluate` first. This file leaves out comparisons of several runs, because
-tests/studies/compare.py makes them from runs of this program; learning-rate schedules, because decay did not
-clearly help; and logging services, because metrics.csv is enough.
+tests/studies/compare.py makes them from runs of this program.
 """
 
 import argparse
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,7 +24,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -142,9 +142,9 @@ class Config:
     save_every: int = option(5, "iterations between checkpoints", 1)
 
 
-# Defaults that differ by advantage, algorithm, task, both of these, and weights of --init. The later of these
-# wins if two name an option, and an option that is given wins over all. The step sizes were tuned on another
-# corpus than the reported one, by tests/studies/tuning.py.
+# Defaults that differ by advantage, algorithm, task, task and algorithm together, and weights of --init. The
+# later of these wins if two name an option, and an option that is given wins over all. The step sizes of
+# reviews and addition were tuned on another corpus than the reported one, by tests/studies/tuning.py.
 DEFAULTS = {
     "rloo": dict(whiten=0),
     "grpo": dict(whiten=0),
@@ -208,9 +208,10 @@ def scored_episodes(task, policy, reference, tokenizer, config, generators):
     batch, completions = task.run_episodes(policy, reference, prompts, tokenizer, config, config.temperature,
                                            generators["sample"])
 
-    numbers = chain(*score_actions(task.reward, prompts, completions))  # of all actions, row by row
-    scores = torch.zeros_like(batch.logprobs)  # (B, T), 0 except for the last action, if a reward is a number
-    scores[batch.mask] = torch.tensor([*numbers], device=scores.device)
+    # A reward that is one number is the score of the last action; the other actions get 0.
+    numbers = [number for row in score_actions(task.reward, prompts, completions) for number in row]
+    scores = torch.zeros_like(batch.logprobs)  # (B, T)
+    scores[batch.mask] = torch.tensor(numbers, device=scores.device)
     batch.scores = scores.sum(1)  # (B,)
     batch.rewards = token_rewards(scores, batch.mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)
     return batch, prompts, completions
@@ -219,7 +220,7 @@ def scored_episodes(task, policy, reference, tokenizer, config, generators):
 def add_advantages(batch, critic, config):
     """Fill in returns, values, advantages and targets of a Batch, all of them (B, T).
 
-    Returns the standard deviation of the advantages before they are whitened.
+    Returns the standard deviation of the advantages before they are whitened, a column of metrics.csv.
     """
     rewards = batch.rewards
     mask = batch.mask
@@ -236,7 +237,8 @@ def add_advantages(batch, critic, config):
     std = standard_deviation(batch.advantages, mask)
     if config.whiten:
         batch.advantages = whiten(batch.advantages, mask)
-    if standard_deviation(batch.scores) == 0:  # or whitening would make a full step of the critic's errors
+    if config.gamma == 1 and standard_deviation(batch.scores) == 0:
+        # there is nothing to compare, and whitening would make a full step of the critic's errors
         batch.advantages = torch.zeros_like(batch.advantages)
     return std
 
@@ -278,11 +280,12 @@ def objective(stats, config):
 # The RL loop.
 
 def train(config, resume=False, collect=collect, schedule=None, log=None):
-    """Train one run, or resume it: evaluation, RL, evaluation again. Raises BadInput, FloatingPointError.
+    """Train one run, or resume it: evaluation, RL, evaluation again. For the last arguments see `main`.
 
-    collect, schedule, log: see `main`.
+    Raises BadInput, FloatingPointError.
     """
-    run, before = prepare(config, resume, schedule, log)
+    custom = [collect.__module__ != __name__, schedule is not None]
+    run, before = prepare(config, resume, log, custom)
     task, policy, reference, critic = run.task, run.policy, run.reference, run.critic
     warned = set()
 
@@ -293,7 +296,7 @@ def train(config, resume=False, collect=collect, schedule=None, log=None):
         run.optimizer.param_groups[0]["lr"] = now.lr
         batch, stats = collect(task, policy, reference, critic, run.tokenizer, now, generators)
         old = copy.deepcopy(policy)
-        update = ALGOS[config.algo](policy, batch, run.optimizer, now, generators["update"])
+        update = ALGOS[config.algo](policy, batch, run.optimizer, now, generators["update"]) or {}
         if "kl_update" not in update:
             # of 64 episodes, because all would take a quarter of a small update's time
             update["kl_update"] = mean_kl(old, policy, batch.rows(slice(64)), now)
@@ -304,8 +307,9 @@ def train(config, resume=False, collect=collect, schedule=None, log=None):
         seconds = time.perf_counter() - start
 
         # Raises TypeError if a custom algorithm returns a column that is there already.
-        row = dict(iteration=iteration, episodes=iteration * config.batch_size, **stats, **update, **fit,
-                   seconds=seconds)
+        sampled = run.history[-1]["episodes"] if run.history else 0  # before this iteration
+        episodes = sampled + stats.pop("episodes", config.batch_size)
+        row = dict(iteration=iteration, episodes=episodes, **stats, **update, **fit, seconds=seconds)
         row = {name: float(value) for name, value in row.items()}  # numpy's numbers would not be loaded again
         check_finite(row | {"sum of the weights": sum_of_weights(policy, critic)})  # NaN if any weight is
         run.log_iteration(row)
@@ -327,12 +331,12 @@ SCHEDULED = ("kl_coef", "temperature", "lr", "clip", "delta", "critic_lr", "crit
 
 
 def options_of_iteration(config, schedule, iteration):
-    """A copy of the options, which a custom algorithm may change, with the schedule's values. See `main`."""
+    """The options of an iteration: a copy, which an algorithm may change, with the schedule's values."""
     values = schedule(iteration) if schedule else {}
     if not isinstance(values, dict) or not {*values} <= {*SCHEDULED}:
         raise BadInput(f"the schedule returned {values!r:.200} for iteration {iteration}: it must return a "
                        f"dict of values for some of {', '.join(SCHEDULED)}")
-    now = replace(config, **values)
+    now = replace(config, **{name: np.asarray(value).item() for name, value in values.items()})
     try:
         check(now)
     except BadInput as e:
@@ -367,6 +371,7 @@ class Run:
     history: list = field(default_factory=list)  # rows of metrics.csv
     evaluations: dict = field(default_factory=dict)  # rows of eval.csv by iteration
     log: object = None  # see `main`
+    custom: list = field(default_factory=list)  # whether `collect` and `schedule` are custom
 
     def evaluate(self, policy=None):
         return evaluate(self.task, policy or self.policy, self.reference, self.tokenizer, self.config)
@@ -383,7 +388,7 @@ class Run:
         self.evaluations[iteration] = {"iteration": iteration, **figures}
         write_table(self.path / "eval.csv", [*self.evaluations.values()])
         if self.log:
-            self.log("eval", self.evaluations[iteration])
+            self.log(self.path, "eval", dict(self.evaluations[iteration]))
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
         write_atomically(self.path / f"samples-{iteration}.jsonl", lambda file: file.write(lines.encode()))
 
@@ -392,7 +397,7 @@ class Run:
         self.history.append(row)
         write_table(self.path / "metrics.csv", self.history)
         if self.log:
-            self.log("metrics", row)
+            self.log(self.path, "metrics", dict(row))
 
     def modules(self):
         """{name: what has a state besides the policy}. What the run does not have is left out."""
@@ -401,13 +406,14 @@ class Run:
         return {name: module for name, module in modules.items() if module is not None}
 
     def save(self, name="checkpoint.pt"):
-        """Write a checkpoint."""
+        """Write a checkpoint. Raises BadInput."""
+        check_custom_state(self.optimizer.state)
         modules = {**self.modules(), "reference": self.reference}
         if self.reward_model is not None:
             modules["reward_model"] = self.reward_model
         save_checkpoint(self.path / name, self.policy, self.tokenizer, config=asdict(self.config),
                         pretraining=self.pretraining, history=self.history, evaluations=self.evaluations,
-                        prompts_hash=self.prompts_hash,
+                        prompts_hash=self.prompts_hash, custom=self.custom,
                         **{name: module.state_dict() for name, module in modules.items()})
 
     def restore(self, saved):
@@ -428,13 +434,26 @@ class Run:
             raise BadInput(f"{path} is damaged, or of another run ({type(e).__name__})")
 
 
-def prepare(config, resume, schedule, log):
+def check_custom_state(state):
+    """Raises BadInput if what a custom algorithm keeps in optimizer.state could not be loaded again."""
+    for key, value in state.items():
+        if isinstance(key, torch.Tensor):  # a weight, whose state is the optimizer's own
+            continue
+        file = io.BytesIO()
+        try:
+            torch.save({key.lower(): value}, file)  # a key without lower() is no string
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as e:
+            raise BadInput(f"optimizer.state[{key!r:.50}] cannot be saved ({type(e).__name__}): let the key "
+                           "be a string, and the value a tensor, a Python number, or a list or dict of these")
+
+
+def prepare(config, resume, log, custom):
     """A new or resumed Run that has its directory, and its evaluation before RL. Raises BadInput.
 
     Nothing is written or deleted in the directory before everything that can fail has been done.
     """
-    for iteration in range(1, config.iterations + 1):
-        options_of_iteration(config, schedule, iteration)
     device = set_up(config)
     path = Path(config.out) / config.name
     task = load_seeded_task(config)
@@ -445,6 +464,9 @@ def prepare(config, resume, schedule, log):
         if saved.get("prompts_hash") != hash_of_prompts:
             raise BadInput(f"{config.task} has other prompts than when {path} began: restore them, or begin "
                            "a new run")
+        if saved.get("custom") != custom:
+            raise BadInput(f"{path} was trained with another `collect` or `schedule`: give --resume to the "
+                           "script that it was trained with")
         reward_model = saved.get("reward_model")
         pretraining = None  # restored below
     else:
@@ -463,7 +485,7 @@ def prepare(config, resume, schedule, log):
         critic = Critic(policy.config, policy).to(device)
         critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr, fused=True)
     run = Run(path, config, device, task, tokenizer, policy, reference, reward_model, critic, optimizer,
-              critic_optimizer, pretraining, hash_of_prompts, log=log)
+              critic_optimizer, pretraining, hash_of_prompts, log=log, custom=custom)
     if resume:
         run.restore(saved)
         done = len(run.history)
@@ -493,9 +515,9 @@ def evaluate(task, policy, reference, tokenizer, config):
     completion. figures, means over the sampled completions if nothing else is said:
     reward, metric, length, ended, and true_reward if the task has one; greedy, the metric of a greedy
     completion of each prompt; kl and entropy, means over actions; objective; distinct_1 and distinct_2, the
-    diversity of the completions; pass_4 and pass_16, see `pass_at_k`, if all rewards are 0 or 1 and prompts
-    have so many completions; and NAME_ci for some, half the width of the 95% interval, from the means of the
-    prompts, because completions of one prompt are alike.
+    diversity of the completions; pass_4 and pass_16, see `pass_at_k`, if all rewards are 0 or 1 and each
+    prompt has at least 4 or 16 completions; and NAME_ci for some, half the width of the 95% interval, from
+    the means of the prompts, because completions of one prompt are alike.
     Raises BadInput for prompts that are too long.
     """
     check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens,
@@ -574,20 +596,24 @@ def print_figures(task, columns):
               "entropy": "entropy, nats", "distinct_1": "share of distinct words",
               "distinct_2": "share of distinct pairs", "length": "length, tokens", "ended": "ended",
               "objective": "objective: reward - β·KL"}
+    if metric == "reward":  # a task without a metric
+        del labels["metric"]
     print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>16}" for title in columns))
     for name, label in labels.items():
-        if name in next(iter(columns.values())):
+        if all(name in figures for figures in columns.values()):
             cells = [with_interval(figures, name) for figures in columns.values()]
             print(f"{label:25}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def print_best(evaluations):
     """Print which evaluation has the highest reward, and a warning if the last is clearly worse."""
-    best = max(evaluations.values(), key=lambda row: row["reward"])
-    print(f"the highest held-out reward is {with_interval(best, 'reward')}, after {best['iteration']} "
-          "iterations")
-    if evaluations[max(evaluations)]["reward"] < best["reward"] - best["reward_ci"]:
-        print("warning: since then it has fallen by more than this interval")
+    last = evaluations[max(evaluations)]
+    name = "true_reward" if "true_reward" in last else "reward"
+    best = max(evaluations.values(), key=lambda row: row[name])
+    print(f"the highest held-out {name.replace('_', ' ')} is {with_interval(best, name)}, after "
+          f"{best['iteration']} iterations")
+    if last[name] < best[name] - best[f"{name}_ci"]:
+        print("warning: it has fallen since then by more than the number after ±")
 
 
 def warnings(history):
@@ -913,7 +939,7 @@ EPILOG = """\
 files of a run, in runs/NAME
   config.json              the options
   checkpoint.pt            all weights and states, for --resume, --eval, --init and rollout.py
-  checkpoint-ITERATION.pt  those of that evaluation, with --eval-every, for --init and rollout.py
+  checkpoint-ITERATION.pt  the same at each evaluation after that before RL, with --eval-every
   metrics.csv              a row for each iteration
   eval.csv                 a row for each evaluation
   samples-ITERATION.jsonl  the completions of that evaluation
@@ -946,7 +972,7 @@ columns of eval.csv, over completions of held-out prompts
   reward, metric           means of the reward and of the task's metric
   greedy                   the metric of greedy completions
   pass_4, pass_16          probability that one of k completions has reward 1, if all rewards are 0 or 1
-  NAME_ci                  half the width of the 95% interval over prompts of some columns
+  NAME_ci                  for some columns NAME: half the width of its 95% interval over prompts
   kl, entropy, objective, length, ended, true_reward   as above
   distinct_1, distinct_2   share of different words, or pairs of words, among the first 1,000; nan if fewer
 
@@ -956,7 +982,7 @@ traceback for an error in a custom file
 
 
 def defaults_of(advantage, algo, task):
-    """Those of DEFAULTS that apply to a new run."""
+    """The defaults of an estimator, an algorithm and a task."""
     defaults = {}
     for kind in (advantage, algo, task, f"{task} {algo}"):
         defaults |= DEFAULTS.get(kind, {})
@@ -1129,9 +1155,11 @@ def evaluate_again(config):
 def main(argv=None, collect=collect, schedule=None, log=None):
     """Do what the command line says. Returns the exit status. A custom script may give three functions:
 
-    collect: in place of the one above.
-    schedule: iteration, from 1 -> {option: value} for that iteration, see SCHEDULED.
-    log: ("metrics" or "eval", row) -> None, called with each new row of metrics.csv or eval.csv, a dict.
+    collect: replaces `train.collect`. Its columns may have `episodes`, the number that it sampled.
+    schedule: iteration, from 1 -> {option: value} for that iteration, see SCHEDULED. It must depend on
+    nothing else, because a resumed run repeats iterations.
+    log: (directory of the run, "metrics" or "eval", row) -> None, called with each row, a dict, that is added
+    to metrics.csv or eval.csv, in the first of several processes. A resumed run repeats rows.
     """
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w", errors="replace")  # the first process speaks for all

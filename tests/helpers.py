@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 
 # Options of a run that takes a second or two on the reviews; later options win.
@@ -24,6 +26,15 @@ def task_file(folder, source=TASK, name="mine.py"):
     """Write a task file into folder. Returns its path."""
     (folder / name).write_text(source, encoding="utf-8")
     return folder / name
+
+
+def on_last_action(scores, mask):
+    """Scores (B,) as (B, T), each at the last action of its row."""
+    placed = torch.zeros(mask.shape, dtype=scores.dtype)
+    for b, row in enumerate(mask.tolist()):
+        if any(row):
+            placed[b, len(row) - 1 - row[::-1].index(True)] = scores[b]
+    return placed
 
 
 def contents(folder):

@@ -17,6 +17,7 @@ from advantage import (
     whiten,
     without_rounding,
 )
+from helpers import on_last_action
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1],  # actions alone
                      [0, 0, 1, 1, 1, 1],  # after a prompt
@@ -122,16 +123,7 @@ def test_gae_is_that_of_stable_baselines3():
 
 # Rewards.
 
-def test_the_score_sits_on_the_last_action():
-    scores = torch.arange(1.0, 7.0)
-    rewards = token_rewards(scores, MASK, torch.zeros(6, 6), torch.zeros(6, 6), 0.1)
-    expected = torch.zeros(6, 6)
-    for b, last in enumerate([5, 5, 2, 3, 3, 5]):
-        expected[b, last] = scores[b]
-    assert torch.equal(rewards, expected)
-
-
-def test_a_score_for_each_action_stays_there():
+def test_the_score_of_an_action_stays_there():
     scores, zeros = numbers(0), torch.zeros(6, 6)
     rewards = token_rewards(scores, MASK, zeros, zeros, 0.1)
     assert torch.equal(rewards, scores * MASK)
@@ -139,7 +131,7 @@ def test_a_score_for_each_action_stays_there():
 
 def test_an_action_pays_where_the_policy_is_likelier_than_the_reference():
     logp, ref_logp = numbers(0), numbers(1)
-    rewards = token_rewards(torch.zeros(6, dtype=torch.float64), MASK, logp, ref_logp, 0.3)
+    rewards = token_rewards(torch.zeros(6, 6), MASK, logp, ref_logp, 0.3)
     torch.testing.assert_close(rewards[MASK], 0.3 * (ref_logp - logp)[MASK])
     assert (rewards[~MASK] == 0).all()
 
@@ -173,7 +165,7 @@ def test_equal_numbers_are_zero_whatever_their_rounding(value):
         x, mask = torch.full(shape, value), torch.ones(shape).bool()
         assert (whiten(x, mask) == 0).all() and mean_and_variance(x, mask)[1] == 0
         zeros = torch.zeros(shape)
-        rewards = token_rewards(x[:, 0], mask, zeros, zeros, 0.1)
+        rewards = token_rewards(on_last_action(x[:, 0], mask), mask, zeros, zeros, 0.1)
         values = x * (1 + 2 * torch.finfo(x.dtype).eps * torch.rand(shape))  # right up to rounding
         assert (gae(rewards, values, mask, 1.0, 0.95)[0] == 0).all()
 
@@ -237,7 +229,7 @@ def test_each_estimator_is_the_function_of_its_name():
 def test_a_group_of_equal_scores_learns_the_kl_penalty_in_proportion_to_its_coefficient(estimator):
     def advantages(beta):
         scores = torch.full((6,), 0.7, dtype=torch.float64)
-        rewards = token_rewards(scores, MASK, numbers(0), numbers(1), beta)
+        rewards = token_rewards(on_last_action(scores, MASK), MASK, numbers(0), numbers(1), beta)
         return ADVANTAGES[estimator](rewards, scores, None, MASK, CONFIG)[0]
 
     unit = advantages(1.0)
@@ -252,7 +244,8 @@ def test_inputs_outside_the_mask_are_ignored():
     def outputs(rewards, values):
         yield from (f(rewards, scores, values, MASK, CONFIG) for f in ADVANTAGES.values())
         yield whiten(rewards, MASK), masked_mean(rewards, MASK)
-        yield token_rewards(torch.ones(6, dtype=torch.float64), MASK, rewards, values, 0.1),
+        ones = on_last_action(torch.ones(6, dtype=torch.float64), MASK)
+        yield token_rewards(ones, MASK, rewards, values, 0.1),
 
     nan = torch.tensor(float("nan"), dtype=torch.float64)
     clean = outputs(numbers(0), numbers(1))

@@ -187,7 +187,7 @@ def test_dynamic_sampling_keeps_groups_of_different_scores(monkeypatch, differen
     expected = [one for pair in (useful + uniform)[:8] for one in pair]
     assert [(prompt, score, n) for (prompt, _), score, n in zip(
         kept, batch.scores.tolist(), batch.mask.sum(1).tolist())] == expected
-    assert stats["draws"] == len(drawn) // 16 and abs(stats["draws"] - draws) <= 1
+    assert stats["episodes"] == len(drawn) and abs(len(drawn) // 16 - draws) <= 1
     assert (batch.advantages != 0).any() == (different > 0)
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from advantage import ADVANTAGES, gae, token_rewards, whiten
 from algos import Batch, action_log_probs, flatten, ppo, reinforce, trpo
+from helpers import on_last_action
 from model import GPT, Critic, GPTConfig
 
 V, EOS = 3, 2  # tokens 0 and 1, and the end of text
@@ -187,7 +188,7 @@ def test_the_kl_penalty_as_a_reward_has_the_gradient_of_the_kl(texts):
     beta, scores = 0.3, rand(len(texts.tokens), seed=9)
     logp = texts.log_probabilities(texts.policy).detach()
     ref_logp = texts.log_probabilities(make_policy(seed=1)).detach()
-    rewards = token_rewards(scores, texts.mask, logp, ref_logp, beta)
+    rewards = token_rewards(on_last_action(scores, texts.mask), texts.mask, logp, ref_logp, beta)
     advantages, _ = ADVANTAGES["returns"](rewards, scores, None, texts.mask, config())
     truth = texts.exact_gradient(lambda logp: scores - beta * (logp - ref_logp).sum(1))
     assert_equal(texts.probabilities() @ texts.gradients(advantages), truth)

@@ -223,7 +223,7 @@ def test_a_reward_may_return_a_number_for_each_action(kind, whole_batch):
     assert score(reward, ["a", "b"], completions) == [2.5, 4.0]
     for wrong in ([1.0], [1.0, 2.0, 3.0], []):
         values["x"] = kind(wrong)
-        with pytest.raises(BadInput, match="'x', which has 2 actions: it must return a number, a list with"):
+        with pytest.raises(BadInput, match="a list with one for each of its 2 actions"):
             score(reward, ["a", "b"], completions)
     values["x"] = kind([0.0, math.nan])
     with pytest.raises(FloatingPointError, match="a finite number"):

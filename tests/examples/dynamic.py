@@ -1,7 +1,7 @@
 """Dynamic sampling: draw batches until enough groups have different scores. Yu et al. 2025, "DAPO".
 
 `python tests/examples/dynamic.py --task hello --advantage grpo`. Groups of equal scores teach nothing there.
-They fill the batch after MAX_DRAWS draws. The column episodes counts only the episodes that are kept.
+They fill the batch after MAX_DRAWS draws. The columns describe the episodes that are kept.
 """
 import sys
 from pathlib import Path
@@ -22,16 +22,17 @@ def collect(task, policy, reference, critic, tokenizer, config, generators):
     useful, uniform, draws = [], [], 0  # groups: (Batch, prompts, completions) each
     while len(useful) < n_groups and draws < MAX_DRAWS:
         draws += 1
-        batch, *texts = train.scored_episodes(task, policy, reference, tokenizer, config, generators)
-        for start in range(0, len(batch.mask), config.group_size):
+        batch, prompts, completions = train.scored_episodes(
+            task, policy, reference, tokenizer, config, generators)
+        for start in range(0, len(prompts), config.group_size):
             rows = slice(start, start + config.group_size)
-            group = batch.rows(rows), *(some[rows] for some in texts)
-            (useful if len(group[0].scores.unique()) > 1 else uniform).append(group)
-    batches, *texts = zip(*(useful + uniform)[:n_groups])
+            groups = useful if len(batch.scores[rows].unique()) > 1 else uniform
+            groups.append((batch.rows(rows), prompts[rows], completions[rows]))
+    batches, prompts, completions = zip(*(useful + uniform)[:n_groups])
     batch = concatenate(batches)
-    stats = train.episode_statistics(task, *(sum(some, []) for some in texts), batch, config)
+    stats = train.episode_statistics(task, sum(prompts, []), sum(completions, []), batch, config)
     stats["advantage_std"] = train.add_advantages(batch, critic, config)
-    return batch, stats | {"draws": draws}
+    return batch, stats | {"episodes": draws * config.batch_size}  # sampled, not kept
 
 
 def concatenate(batches):

@@ -26,8 +26,8 @@ class Config(train.Config):
 
 
 # A loss: (part, logp, mean_length, config) -> (b, T). part: a micro-batch. logp: (b, T) log π(a|s).
-# mean_length: the mean number of actions of an episode of the minibatch. The losses are averaged over its
-# actions, so a loss times mean_length is a sum over the actions of an episode, averaged over the episodes.
+# mean_length: the mean number of actions of an episode of the minibatch. mean_gradient divides by the number
+# of actions; a loss times mean_length is divided by the number of episodes instead.
 
 def ppo_objective(ratio, advantages, low, high):
     return torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
@@ -39,7 +39,7 @@ def grpo_paper(part, logp, mean_length, config):
     Shao et al. 2024, "DeepSeekMath", equations 3 and 4.
     """
     objective = ppo_objective((logp - part.logprobs).exp(), part.advantages, config.clip, config.clip)
-    log_ratio = part.ref_logprobs - logp
+    log_ratio = (part.ref_logprobs - logp).masked_fill(~part.mask, 0)  # or padding could overflow
     k3 = log_ratio.exp() - 1 - log_ratio
     return -(objective - config.loss_kl * k3) * mean_length / part.mask.sum(1, keepdim=True)
 
@@ -64,8 +64,8 @@ def dapo(part, logp, mean_length, config):
 def gspo(part, logp, mean_length, config):
     """GSPO: one ratio for each episode, (π(text) / π_old(text)) to the power of 1 / length, is clipped.
 
-    Zheng et al. 2025, "Group Sequence Policy Optimization", equations 5 and 7. Their --clip is 3e-4 and
-    their --clip-high 4e-4. A micro-batch holds whole episodes, so its size changes nothing.
+    Zheng et al. 2025, "Group Sequence Policy Optimization", equations 5 and 7. A micro-batch holds whole
+    episodes, so its size changes nothing.
     """
     length = part.mask.sum(1, keepdim=True)  # (b, 1)
     log_ratio = (logp - part.logprobs).masked_fill(~part.mask, 0).sum(1, keepdim=True) / length
@@ -83,7 +83,7 @@ def cispo(part, logp, mean_length, config):
 
 
 def ppo_k2(part, logp, mean_length, config):
-    """PPO with k2 = (log π - log π_ref)² / 2 in the loss: in each state its gradient is that of the KL.
+    """PPO with k2 = (log π - log π_ref)² / 2 in the loss, whose mean gradient is that of a state's exact KL.
 
     Schulman 2020, "Approximating KL Divergence"; Tang & Munos 2025.
     """
@@ -94,13 +94,14 @@ def ppo_k2(part, logp, mean_length, config):
 def algorithm(loss):
     """The algorithm with this loss: epochs of minibatch steps."""
     def update(policy, batch, optimizer, config, generator=None):
-        def loss_of_part(part):
-            logp = action_log_probs(log_probs(policy, part.obs, config.temperature), part.actions)  # (b, T)
-            return loss(part, logp, mean_length, config)
-
         steps = []
         for minibatch in minibatches(batch, config.epochs, config.minibatches, generator):
             mean_length = batch_mean(minibatch.mask.sum(1).float())
+
+            def loss_of_part(part):
+                logp = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
+                return loss(part, action_log_probs(logp, part.actions), mean_length, config)
+
             steps.append(mean_gradient(policy, loss_of_part, minibatch, config, config.max_grad_norm))
             optimizer.step()
         return {name: fmean(step[name] for step in steps) for name in steps[0]}
@@ -109,6 +110,7 @@ def algorithm(loss):
 
 for function in (grpo_paper, dr_grpo, dapo, gspo, cispo, ppo_k2):
     train.ALGOS[function.__name__] = algorithm(function)
+train.DEFAULTS["gspo"] = dict(clip=3e-4, clip_high=4e-4)  # the paper's
 train.Config = Config
 
 if __name__ == "__main__":

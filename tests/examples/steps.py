@@ -1,4 +1,6 @@
-"""A reward for each action: a quarter for each right column of the sums of scratchpad.py, and 1 for the sum.
+"""A reward for each action, on the sums of scratchpad.py.
+
+Each column before the first wrong one is worth a quarter, and the right sum 1, at the last action.
 
 `python train.py --task tests/examples/steps.py --vocab-size 257 --max-new-tokens 46 --iterations 20`
 """
@@ -11,7 +13,7 @@ metric = scratchpad.metric
 def right_columns(text, solution):
     """The number of columns that are finished and right, up to the first one that is wrong."""
     n = 0
-    for column, right in zip(text.split(" ")[:-1], solution.split(" ")):
+    for column, right in zip(text.split(" ")[:-1], solution.split(" ")[:-1]):
         if column != right:
             break
         n += 1

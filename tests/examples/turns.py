@@ -1,8 +1,8 @@
 """A task of two turns: the policy guesses a number, the text answers, and the policy guesses again.
 
 `python train.py --task tests/examples/turns.py --pretrain-steps 400`. In the corpus, as in "mia thinks of a
-number. 7 lower 2", both guesses are random, and the second is right in one of five texts at most. RL learns
-to begin in the middle and to use the answer: then one of three is right.
+number. 7 lower 2", both guesses are random, and one of them is right in a fifth of the texts. RL learns to
+begin in the middle and to use the answer: then one of them is right in a third.
 """
 import random
 
@@ -18,14 +18,14 @@ def answer(secret, guess):
 
 
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
-    """One action, the answer, one action. The answer stands in a hole of the mask."""
+    """One action, the answer, one action. Returns a Batch whose mask has a hole, and the completions."""
     tokens = [tokenizer.encode(prompt) for prompt in prompts]
     first = sample(policy, tokens, 1, tokenizer.eos_token, temperature, generator)
     for row, prompt, guess in zip(tokens, prompts, first.actions[first.mask].tolist()):
         said = answer(prompt.secret, tokenizer.decode([guess]).strip())
         row += [guess, *tokenizer.encode(said)]
     batch = sample(policy, tokens, 1, tokenizer.eos_token, temperature, generator)
-    batch.mask[:, :first.mask.shape[1]] |= first.mask
+    batch.mask[:, :first.mask.shape[1]] |= first.mask  # a row still begins with its first turn
     return batch, compare_with_reference(batch, policy, reference, tokenizer, config)
 
 

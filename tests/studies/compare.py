@@ -63,7 +63,7 @@ class Run:
 
     def episodes(self):
         """The number of episodes after each iteration."""
-        return [i * self.config["batch_size"] for i in range(1, len(self.columns["reward"]) + 1)]
+        return self.columns["episodes"]
 
 
 def read_run(path):
@@ -81,8 +81,9 @@ def read_run(path):
                        "directories such as runs/NAME")
     except (ValueError, TypeError, LookupError, AttributeError):
         raise BadInput(f"the files of {path} are damaged: give the directory of another run")
-    if not ({"metric", "after", "seconds"} <= {*result} and {"reward", "kl", "length"} <= {*columns}
-            and {"task", "algo", "advantage", "seed", "batch_size"} <= {*config}):
+    if not ({"metric", "after", "seconds"} <= {*result}
+            and {"reward", "kl", "length", "episodes"} <= {*columns}
+            and {"task", "algo", "advantage", "seed"} <= {*config}):
         raise BadInput(f"{path} is a run of another program: give a run of train.py")
     return Run(path, config, result, columns)
 
@@ -192,7 +193,7 @@ def numbers(run, goal):
             metric: after.get("metric", math.nan), f"{metric}, greedy": after.get("greedy", math.nan),
             "KL": after.get("kl", math.nan), "entropy": after.get("entropy", math.nan),
             "length": after.get("length", math.nan),
-            "episodes to 90%": run.config["batch_size"] * reached[0] if reached else math.nan,
+            "episodes to 90%": run.episodes()[reached[0] - 1] if reached else math.nan,
             "episodes": run.episodes()[-1], "seconds": run.result["seconds"],
             "KL of an update": mean(columns.get("kl_update")), "rejected": 1 - mean(accepted),
             "halvings": mean(halvings), "CG residual": mean(columns.get("cg_relative_residual")),
