@@ -63,12 +63,13 @@ def make_run(path, rewards, after, algo="trpo", columns=None, **options):
     names = ("reward", "metric", "greedy", "kl", "entropy", "length")
     path.mkdir()
     config = {**vars(train.Config()), "algo": algo, "seed": int(path.name.rpartition("-")[2]),
-              "batch_size": 10, "name": path.name, **options}
+              "name": path.name, **options}
     result = {"metric": "quality", "after": dict.fromkeys(names, after), "seconds": 2.0}
     (path / "config.json").write_text(json.dumps(config))
     (path / "result.json").write_text(json.dumps(result))
     columns = {"reward": rewards, "kl": [i / 100 for i in range(1, len(rewards) + 1)],
-               "length": [4] * len(rewards), **(columns or {})}
+               "length": [4] * len(rewards), "episodes": [10 * i for i in range(1, len(rewards) + 1)],
+               **(columns or {})}
     lines = [columns, *zip(*columns.values())]
     (path / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     return str(path)

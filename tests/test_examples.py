@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from types import SimpleNamespace
 
@@ -333,9 +334,43 @@ def test_advantage_weighted_regression_follows_its_gradient(monkeypatch):
     torch.testing.assert_close(policy.weight.detach(), torch.tensor([[up, -up]], dtype=torch.float64))
 
 
+@pytest.fixture(scope="module")
+def policy_of_reviews(tmp_path_factory):
+    """A run that has hardly learned to write reviews."""
+    out = tmp_path_factory.mktemp("reviews")
+    assert train.main([*TINY, "--iterations", "0", "--out", str(out), "--name", "base"]) is None
+    return out / "base"
+
+
+def blocks_of_readme(language):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme, re.M | re.S)
+
+
+def test_readme_shows_the_loop_of_the_whole_idea():
+    source = (EXAMPLES / "idea.py").read_text(encoding="utf-8")
+    assert source[source.index("for iteration"):] in blocks_of_readme("python")
+
+
+@pytest.mark.parametrize("algo", ["as it is", "ppo"])
+def test_the_whole_idea_runs_also_with_the_lines_that_ppo_changes(tmp_path, policy_of_reviews, algo):
+    source = (EXAMPLES / "idea.py").read_text(encoding="utf-8").replace("range(1, 41)", "range(1, 4)")
+    source = source.replace("Path(__file__).parents[2]", repr(str(ROOT)))
+    if algo == "ppo":
+        lines = [(line[0], line[1:] + "\n") for line in blocks_of_readme("diff")[0].splitlines()]
+        old = "".join(line[4:] for sign, line in lines if sign != "+")  # not yet indented
+        new = "".join(line for sign, line in lines if sign != "-")
+        step = "    optimizer.zero_grad()\n    loss.backward()\n    optimizer.step()\n"
+        assert old in source and step in source
+        source = source.replace(old, new).replace(step, textwrap.indent(step, "    "))
+    script = task_file(tmp_path, source, "idea.py")
+    done = subprocess.run([sys.executable, script, policy_of_reviews], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^ *\d+  reward [+-]\d\.\d\d  ", done.stdout, re.M)
+
+
 def test_readme_shows_sorting_as_it_is():
     source = (EXAMPLES / "sorting.py").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    blocks = blocks_of_readme("python")
     first_line = source.splitlines()[0]
     assert [block for block in blocks if block.splitlines()[:1] == [first_line]] == [source]
