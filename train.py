@@ -930,10 +930,11 @@ def report(run, before, after):
 GROUPS = {"task": "the run", "init": "the model and its pretraining", "comparisons": "the reward model",
           "iterations": "the episodes", "lr": "the updates", "eval_episodes": "evaluation and checkpoints"}
 
-# The options that make sense together with --resume and --eval.
+# The options that make sense together with --resume, --eval and --explain.
 TAKES = {"resume": ("task", "iterations", "eval_every", "save_every", "device", "threads", "micro_batch"),
          "eval": ("task", "eval_episodes", "max_new_tokens", "temperature", "device", "threads",
-                  "micro_batch")}
+                  "micro_batch"),
+         "explain": ("task", "seed", "device", "threads")}
 
 EPILOG = """\
 files of a run, in runs/NAME
@@ -1002,6 +1003,8 @@ def make_parser():
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", metavar="RUN", default=None, help="continue a run")
     action.add_argument("--eval", metavar="RUN", default=None, help="evaluate a run on its held-out prompts")
+    action.add_argument("--explain", metavar="RUN", default=None,
+                        help="print the numbers of each action of some completions")
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -1026,7 +1029,7 @@ def parse(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    if args.resume or args.eval:
+    if args.resume or args.eval or args.explain:
         config = config_of_run(args, given, parser)
     else:
         asked = Config(**given)
@@ -1050,12 +1053,12 @@ def parse(argv):
 
 
 def config_of_run(args, given, parser):
-    """The Config of the run that --resume or --eval names, with the given options instead of its own."""
-    action = "resume" if args.resume else "eval"
+    """The Config of the run that --resume, --eval or --explain names, with the given options."""
+    action = next(name for name in TAKES if getattr(args, name))
     for name in given:
         if name not in TAKES[action]:
             parser.error(f"--{action} does not take {flag(name)}")
-    run = Path(args.resume or args.eval).resolve()
+    run = Path(getattr(args, action)).resolve()
     if not os.path.exists(run / "config.json"):
         parser.error(f"there is no run in {run} (no config.json): use a directory such as runs/NAME")
     try:
@@ -1142,14 +1145,40 @@ def set_up(config):
     return torch.device(name)
 
 
+def load_run(config):
+    """(task, policy, reference, tokenizer, more) of a run. more: see `load_checkpoint`. Raises BadInput."""
+    policy, reference, tokenizer, more = load_checkpoint(Path(config.out) / config.name, set_up(config))
+    task = use_reward_model(load_seeded_task(config), more.get("reward_model"), tokenizer, config)
+    return task, policy, reference, tokenizer, more
+
+
 def evaluate_again(config):
     """--eval: evaluate a run, and print its first samples and its figures."""
-    policy, reference, tokenizer, more = load_checkpoint(Path(config.out) / config.name, set_up(config))
-    task = load_seeded_task(config)
-    task = use_reward_model(task, more.get("reward_model"), tokenizer, config)
+    task, policy, reference, tokenizer, _ = load_run(config)
     figures, samples = evaluate(task, policy, reference, tokenizer, config)
     print(*(sample["prompt"] + sample["completion"] for sample in samples[:6]), sep="\n")
     print_figures(task, {"after": figures})
+
+
+def explain(config):
+    """--explain: print the numbers of an iteration for each action of its first four completions."""
+    task, policy, reference, tokenizer, more = load_run(config)
+    critic = None
+    if "critic" in more:
+        critic = Critic(policy.config)
+        critic.load_state_dict(more["critic"])
+        critic.to(next(policy.parameters()).device)
+    generators = random_generators(config.seed, 0, next(policy.parameters()).device)
+    batch, prompts, texts = scored_episodes(task, policy, reference, tokenizer, config, generators)
+    add_advantages(batch, critic, replace(config, whiten=0))
+    columns = {"log π": batch.logprobs, "log π_ref": batch.ref_logprobs, "reward": batch.rewards,
+               "return": batch.returns, "value": batch.values, "advantage": batch.advantages,
+               "whitened": whiten(batch.advantages, batch.mask)}
+    for row, (prompt, text) in enumerate(list(zip(prompts, texts))[:4]):
+        print(f"\n{prompt}{text}\nscore {batch.scores[row]:.3f}")
+        print("".join(f"{name:>11}" for name in columns) + "  action")
+        for t, token in zip(batch.mask[row].nonzero().flatten().tolist(), text.tokens):
+            print("".join(f"{column[row, t]:11.3f}" for column in columns.values()) + f"  {token!r}")
 
 
 def main(argv=None, collect=collect, schedule=None, log=None):
@@ -1172,6 +1201,8 @@ def main(argv=None, collect=collect, schedule=None, log=None):
     try:
         if args.eval:
             evaluate_again(config)
+        elif args.explain:
+            explain(config)
         else:
             with claimed(run, may_exist=bool(args.resume) or config.overwrite):
                 train(config, bool(args.resume), collect, schedule, log)
@@ -1188,7 +1219,8 @@ def main(argv=None, collect=collect, schedule=None, log=None):
         return 2
     except KeyboardInterrupt:
         advice = "give the same command again"
-        if not args.eval and checkpoint.exists() and checkpoint.stat().st_mtime_ns != replaced:
+        trains = not (args.eval or args.explain)
+        if trains and checkpoint.exists() and checkpoint.stat().st_mtime_ns != replaced:
             advice = f"--resume {run}"
             if config.task not in TASKS:
                 advice += f" --task {config.task}"

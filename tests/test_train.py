@@ -295,6 +295,33 @@ def test_an_evaluation_has_pass_at_k_for_rewards_of_0_and_1_and_enough_completio
     assert "pass@4" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_explain_prints_numbers_that_belong_together(out, capsys, advantage):
+    assert go(out, "--advantage", advantage, "--name", f"explain-{advantage}") is None
+    before = contents(out / f"explain-{advantage}")
+    capsys.readouterr()
+    argv = ["--explain", str(out / f"explain-{advantage}"), "--task", str(out / "mine.py")]
+    assert train.main(argv) is None
+    printed = capsys.readouterr().out
+    assert contents(out / f"explain-{advantage}") == before
+    found = re.findall(r"^(the [^\n]*)\nscore (\S+)\n +log π .*action\n((?: .*\n)+)", printed, re.M)
+    assert len(found) == 4
+    for _, score, table in found:
+        rows = [line.split(None, 7) for line in table.splitlines()]
+        logp, ref, rewards, returns, values, advantages, whitened = np.array(
+            [row[:7] for row in rows], dtype=float).T
+        np.testing.assert_allclose(rewards[:-1], 0.1 * (ref - logp)[:-1], atol=2e-3)
+        assert rewards.sum() == pytest.approx(float(score) + 0.1 * (ref - logp).sum(), abs=0.02)
+        np.testing.assert_allclose(returns, np.cumsum(rewards[::-1])[::-1], atol=0.02)
+        if advantage == "rloo":
+            assert (values == 0).all() and (advantages == advantages[0]).all()
+        else:
+            errors = rewards + np.append(values[1:], 0) - values
+            np.testing.assert_allclose(advantages[:-1], (errors[:-1] + 0.95 * advantages[1:]), atol=0.01)
+    assert train.main([*argv, "--seed", "1"]) is None
+    assert capsys.readouterr().out != printed
+
+
 def test_a_default_may_belong_to_a_task_and_an_algorithm():
     lr = {algo: train.parse(["--task", "addition", "--algo", algo])[0].lr for algo in ("reinforce", "ppo")}
     assert lr == {"reinforce": 1e-3, "ppo": 1e-4}
