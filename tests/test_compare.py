@@ -137,6 +137,9 @@ def test_a_script_is_run_an_option_is_swept_and_a_run_that_diverges_is_left_out(
     config = json.loads((tmp_path / "mine-awr-mean-lr0.0001-4" / "config.json").read_text())
     assert (config["advantage"], config["lr"], config["max_weight"]) == ("mean", 1e-4, 20)
 
+    assert compare.main(command(tmp_path, *options[2:-1], "1e-4,1e-3", "--name", "rates")) == 2
+    assert "mine-awr-mean-lr0.0001-4 was made with own.py: give another" in capfd.readouterr().err
+
 
 @pytest.mark.parametrize("argv, says", [
     ("nowhere", "nowhere is not a finished run"), ("--algo dqn", "dqn"), ("--seeds 0", "--seeds"),

@@ -1,8 +1,7 @@
 """A task of two turns: the policy guesses a number, the text answers, and the policy guesses again.
 
-`python train.py --task tests/examples/turns.py --pretrain-steps 400`. In the corpus, as in "mia thinks of a
-number. 7 lower 2", both guesses are random, and one of them is right in a fifth of the texts. RL learns to
-begin in the middle and to use the answer: then one of them is right in a third.
+`python train.py --task tests/examples/turns.py --pretrain-steps 400`. In the corpus both guesses are random,
+and one of them is right in a fifth of the texts. RL learns to begin in the middle and to use the answer.
 """
 import random
 
@@ -20,12 +19,13 @@ def answer(secret, guess):
 def run_episodes(policy, reference, prompts, tokenizer, config, temperature, generator):
     """One action, the answer, one action. Returns a Batch whose mask has a hole, and the completions."""
     tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    starts = [len(row) - 1 for row in tokens]  # the columns of the first actions
     first = sample(policy, tokens, 1, tokenizer.eos_token, temperature, generator)
     for row, prompt, guess in zip(tokens, prompts, first.actions[first.mask].tolist()):
         said = answer(prompt.secret, tokenizer.decode([guess]).strip())
         row += [guess, *tokenizer.encode(said)]
     batch = sample(policy, tokens, 1, tokenizer.eos_token, temperature, generator)
-    batch.mask[:, :first.mask.shape[1]] |= first.mask  # a row still begins with its first turn
+    batch.mask[range(len(starts)), starts] = True  # a turn of n actions: the n columns from its start on
     return batch, compare_with_reference(batch, policy, reference, tokenizer, config)
 
 

@@ -400,10 +400,10 @@ class Planned:
                      if name in names or name.startswith("pretrain_"))
 
 
-def state_of(config):
+def state_of(config, script=ROOT / "train.py"):
     """"finished" or "interrupted" for the run that has this Config's name, None if there is none.
 
-    Raises BadInput if it has other options. No checkpoint is loaded.
+    Raises BadInput if it has other options, or was finished by another script. No checkpoint is loaded.
     """
     run = Path(config.out) / config.name
     if config.overwrite or not (run / "checkpoint.pt").exists():
@@ -411,19 +411,24 @@ def state_of(config):
     try:
         saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
         before = asdict(train.Config()) | saved
-    except (OSError, ValueError, TypeError):
+        finished = (run / "result.json").exists()
+        result = json.loads((run / "result.json").read_text(encoding="utf-8")) if finished else {}
+        made_by = Path(result.get("command", [script])[0]).name
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         raise BadInput(f"{run} is not a run of this program: give another --out")
     for name, value in asdict(config).items():
         if name not in INCIDENTAL and before[name] != value:
             raise BadInput(f"{run} exists with another {train.flag(name)}: give another --out, or "
                            "--overwrite")
-    return "finished" if (run / "result.json").exists() else "interrupted"
+    if finished and made_by != script.name:  # whose schedule, for example, is no option
+        raise BadInput(f"{run} was made with {made_by}: give another --out, or --overwrite")
+    return "finished" if finished else "interrupted"
 
 
-def plan(options, seeds):
+def plan(options, seeds, script=ROOT / "train.py"):
     """A Planned run for each combination of the options and each seed. Raises BadInput, or exits as train.py.
 
-    options: {name: its values, separated by commas; True for a flag}.
+    options: {name: its values, separated by commas; True for a flag}.  script: that which trains them.
     """
     choices = {name: [value] if value is True else value.split(",") for name, value in options.items()}
     in_name = ("task", "algo", "advantage", "seed")
@@ -436,7 +441,7 @@ def plan(options, seeds):
         name = first.name.removesuffix(f"-{first.seed}") + extra
         for seed in range(first.seed, first.seed + seeds):
             config = replace(first, seed=seed, name=f"{name}-{seed}", threads=first.threads or 1)
-            planned.append(Planned([*argv, "--seed", str(seed)], config, state_of(config)))
+            planned.append(Planned([*argv, "--seed", str(seed)], config, state_of(config, script)))
     for task, pretrain_seed in {(run.config.task, run.config.pretrain_seed) for run in planned}:
         load_task(task, pretrain_seed)  # a fault in the last task is found before the first is trained
     if len({run.path for run in planned}) < len(planned):
@@ -530,6 +535,7 @@ def parse(argv):
     if not os.path.isfile(script):
         parser.error(f"there is no script {script}")
     if script != ROOT / "train.py":
+        sys.path.insert(0, str(script.parent))  # as python does for a script
         runpy.run_path(str(script), run_name="compare")  # it adds to train.ALGOS and others
     trained = [f for f in fields(train.Config) if f.name != "name"]  # --name is this program's
     for f in trained:
@@ -554,7 +560,7 @@ def main(argv=None):
     try:
         paths = [run for run in args.runs if not Path(run).is_file()]  # runs/a-* also gives the file a-0.log
         if not args.runs:
-            planned = plan(options, args.seeds)
+            planned = plan(options, args.seeds, args.script)
             failed = train_all(planned, args.script, args.jobs)
             paths = [run.path for run in planned if run.path not in failed]
         if paths:
