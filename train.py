@@ -464,7 +464,7 @@ def prepare(config, resume, log, custom):
         if saved.get("prompts_hash") != hash_of_prompts:
             raise BadInput(f"{config.task} has other prompts than when {path} began: restore them, or begin "
                            "a new run")
-        if saved.get("custom") != custom:
+        if saved.get("custom", custom) != custom:
             raise BadInput(f"{path} was trained with another `collect` or `schedule`: give --resume to the "
                            "script that it was trained with")
         reward_model = saved.get("reward_model")
