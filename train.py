@@ -336,10 +336,10 @@ def options_of_iteration(config, schedule, iteration):
     if not isinstance(values, dict) or not {*values} <= {*SCHEDULED}:
         raise BadInput(f"the schedule returned {values!r:.200} for iteration {iteration}: it must return a "
                        f"dict of values for some of {', '.join(SCHEDULED)}")
-    now = replace(config, **{name: np.asarray(value).item() for name, value in values.items()})
     try:
+        now = replace(config, **{name: np.asarray(value).item() for name, value in values.items()})
         check(now)
-    except BadInput as e:
+    except ValueError as e:  # BadInput, or not a single number
         raise BadInput(f"the schedule of iteration {iteration}: {e}")
     return now
 

@@ -180,7 +180,8 @@ def test_a_schedule_sets_the_options_of_an_iteration_also_after_resume(out, monk
     ({"batch_size": 8}, "the schedule returned {'batch_size': 8} for iteration 2: it must return a dict"),
     (0.1, "the schedule returned 0.1 for iteration 2: it must return a dict"),
     ({"lr": -1.0}, "the schedule of iteration 2: --lr must be from 0 to 1e+09, not -1.0"),
-    ({"lr": "a"}, "the schedule of iteration 2: --lr cannot be 'a'")])
+    ({"lr": "a"}, "the schedule of iteration 2: --lr cannot be 'a'"),
+    ({"lr": [0.1, 0.2]}, "the schedule of iteration 2: ")])
 def test_a_bad_schedule_is_one_line(out, capsys, value, says):
     argv = command(out, "--name", "unscheduled")
     assert train.main([*argv, "--overwrite"], schedule=lambda iteration: value if iteration == 2 else {}) == 2
