@@ -131,6 +131,7 @@ MORE_COMMANDS = """
     --resume config-choice --task mine.py --iterations 3 => --tokenizer
     --resume config-nan --task mine.py --iterations 3 => --lr
     --eval ; --eval nowhere => nowhere ; --eval config-range --task mine.py => --gamma
+    --explain good => --task ; --explain good --task mine.py --lr 1 => --lr ; --explain nowhere => nowhere
     --eval good => --task ; --eval good --task chess => chess ; --eval good --task mine.py --seed 3 => --seed
     --eval good --task mine.py --temperature 0 => --temperature
     --eval good --task mine.py --max-new-tokens 99 => context
