@@ -1,0 +1,290 @@
+"""Classic mistakes of policy gradients, made on purpose: how wrong is the gradient, and what would a run show?
+
+    python tests/studies/mistakes.py bias          # the expected gradient with each mistake: a minute
+    python tests/studies/mistakes.py trunk RUN     # what one training of a shared value head does to a policy
+    python tests/studies/mistakes.py --mistake late_reward --algo reinforce    # train.py with a mistake
+    python tests/studies/compare.py --script tests/studies/mistakes.py --algo reinforce --mistake none,top_p
+
+A mistake is one line of this project, changed. `bias` takes a tiny GPT, two prompts, and every completion,
+and compares the expected gradient E g of REINFORCE with ∇J by autograd. J is the expected score minus β·KL.
+"""
+
+import argparse
+import contextlib
+import copy
+import inspect
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FunctionType
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import advantage
+import algos
+import rollout
+import train
+from advantage import discounted_returns, token_rewards
+from algos import Batch, action_log_probs, fit_critic, flatten, mean_kl, reinforce
+from model import Critic
+from rollout import top_k_top_p
+from test_policy_gradient import EOS, SIZES, T, completions, perturbed, rand
+from variance import load_run
+
+
+@dataclass
+class Change:
+    function: FunctionType
+    right: str
+    wrong: str
+
+
+@dataclass
+class Mistake:
+    changes: list  # usually one
+    test: str  # a test that fails with it
+    options: dict = field(default_factory=dict)  # under which its bias is measured
+    acts: FunctionType = None  # log π (…, A) -> those of the distribution that is sampled
+
+
+def in_the_loss(estimator):
+    """A KL penalty that is differentiated, and not in the reward. estimator: of x = log π - log π_ref."""
+    return [Change(token_rewards, "scores - kl_coef *", "scores - 0 *"),
+            Change(reinforce, "return -action_log_probs(logp, part.actions) * part.advantages",
+                   "logp = action_log_probs(logp, part.actions)\n"
+                   "        x = (logp - part.ref_logprobs).masked_fill(~part.mask, 0)\n"
+                   f"        return -logp * part.advantages + config.kl_coef * ({estimator})")]
+
+
+def in_the_reward(estimator):
+    return [Change(token_rewards, "return (scores - kl_coef * (logprobs - ref_logprobs))",
+                   f"x = logprobs - ref_logprobs\n    return (scores - kl_coef * ({estimator}))")]
+
+
+WHITENED = dict(advantage="returns", whiten=1, kl_coef=0.0)
+ONLY_PENALTY = dict(advantage="rloo", whiten=0, kl_coef=1.0)  # all scores are zero: J is minus the KL
+LOSS = "test_algos.py::test_reinforce"
+
+MISTAKES = {
+    "late_reward": Mistake(
+        [Change(token_rewards, "return (scores -", "return (scores.roll(1, 1) -")],
+        "test_advantage.py", dict(WHITENED, kl_coef=0.1)),
+    "end_untrained": Mistake(  # the end of text is the last token of the vocabulary
+        [Change(reinforce, "* part.advantages", "* part.advantages * (part.actions < logp.shape[-1] - 1)")],
+        "test_policy_gradient.py", WHITENED),
+    "prompt_trained": Mistake(
+        [Change(train.add_advantages, "mask = batch.mask",
+                "mask = batch.mask = batch.mask | (batch.mask.cumsum(1) == 0)")],
+        "test_train.py", WHITENED),
+    "cold_sampling": Mistake(
+        [Change(train.scored_episodes, "config, config.temperature,", "config, 0.7 * config.temperature,")],
+        "test_train.py", WHITENED, lambda logp: (logp / 0.7).log_softmax(-1)),
+    "top_p": Mistake(
+        [Change(rollout.run_episodes, "tokenizer.eos_token, temperature, generator)",
+                "tokenizer.eos_token, temperature, generator, top_p=0.9)")],
+        "test_rollout.py", WHITENED,
+        lambda logp: top_k_top_p(logp.flatten(0, 1), top_p=0.9).view_as(logp).log_softmax(-1)),
+    "padding_whitened": Mistake(
+        [Change(advantage.whiten, "mean_and_variance(x, mask)", "mean_and_variance(x, mask | True)")],
+        "test_advantage.py", WHITENED),
+    "episode_means": Mistake(
+        [Change(reinforce, "* part.advantages", "* part.advantages / part.mask.sum(1, keepdim=True)")],
+        "test_policy_gradient.py", WHITENED),
+    "value_at_the_cut": Mistake(
+        [Change(advantage.gae, "torch.zeros_like(adv) if bootstrap is None", "values[:, -1] * mask[:, -1] if True")],
+        "test_advantage.py", dict(advantage="gae", lam=0.95, whiten=0, kl_coef=0.0)),
+    "penalty_over_std": Mistake(
+        [Change(advantage.from_group, "relative(scores, config.group_size) + penalties",
+                "relative(totals, config.group_size)")],
+        "test_advantage.py", dict(advantage="grpo", whiten=0, kl_coef=0.1)),
+    "k1_loss": Mistake(in_the_loss("x"), LOSS, ONLY_PENALTY),
+    "k2_loss": Mistake(in_the_loss("x ** 2 / 2"), LOSS, ONLY_PENALTY),
+    "k3_loss": Mistake(in_the_loss("(-x).exp() - 1 + x"), LOSS, ONLY_PENALTY),
+    "k3_reversed_loss": Mistake(in_the_loss("x.exp() - 1 - x"), LOSS, ONLY_PENALTY),
+    "k2_reward": Mistake(in_the_reward("x ** 2 / 2"), "test_advantage.py", ONLY_PENALTY),
+    "k3_reward": Mistake(in_the_reward("(-x).exp() - 1 + x"), "test_advantage.py", ONLY_PENALTY),
+}
+
+
+def make(name):
+    """Make a mistake in the running program: change the code of its functions, wherever they are used."""
+    for change in MISTAKES[name].changes:
+        source = inspect.getsource(change.function)
+        if source.count(change.right) != 1:
+            raise ValueError(f"{change.function.__name__} does not have the line {change.right!r} once")
+        changed = dict(change.function.__globals__)
+        exec(source.replace(change.right, change.wrong), changed)
+        change.function.__code__ = changed[change.function.__name__].__code__
+    remake_estimators()
+
+
+def remake_estimators():
+    """Because those that compare groups were made by a function that may have changed."""
+    advantage.ADVANTAGES["rloo"] = advantage.from_group(advantage.leave_one_out)
+    advantage.ADVANTAGES["grpo"] = advantage.from_group(advantage.group_normalize)
+
+
+@contextlib.contextmanager
+def made(name):
+    """Within the block the program makes the mistake; "none" makes none."""
+    changes = MISTAKES[name].changes if name != "none" else []
+    right = [(change.function, change.function.__code__) for change in changes]
+    try:
+        if changes:
+            make(name)
+        yield
+    finally:
+        for function, code in right:
+            function.__code__ = code
+        remake_estimators()
+
+
+# The expected gradient.
+
+class Census:
+    """Every completion of two prompts, and how often each pair of completions of a prompt is sampled.
+
+    A batch has each pair as often as its probability says, among `pairs` pairs. So it has the gradient that
+    large batches have, up to an error of 0.01, and it goes through the functions of a run.
+    """
+
+    def __init__(self, seed, options, acts=None, pairs=50_000):
+        self.policy = perturbed(train.GPT(replace(SIZES, block_size=T + 2)), seed).float()
+        reference = perturbed(train.GPT(replace(SIZES, block_size=T + 2)), seed + 1).float()
+        self.config = train.Config(group_size=2, micro_batch=10 ** 9, max_grad_norm=1e9, gamma=1.0, **options)
+        texts = completions()
+        tokens = torch.tensor([[*prompt, *text, *[EOS] * (T - len(text))]
+                               for prompt in ([0, 1], [1, 0]) for text in texts])  # (N, T+2)
+        self.obs = tokens[:, :-1]
+        self.actions = tokens[:, 1:]
+        lengths = torch.tensor([len(text) for text in texts * 2])
+        columns = torch.arange(T + 1)
+        self.mask = (columns >= 1) & (columns <= lengths[:, None])
+        self.ref_logprobs = self.log_probabilities(reference).detach()
+        only_penalty = options["kl_coef"] == 1
+        self.scores = 0 * lengths if only_penalty else rand(len(tokens), seed=seed).float()
+
+        with torch.no_grad():
+            q = self.log_probabilities(self.policy, acts).sum(1).exp().view(2, -1)  # of each prompt's texts
+        joint = (q[:, :, None] * q[:, None, :] / 2).flatten()  # of all pairs
+        counts = (joint.double().cumsum(0) * pairs).round().diff(prepend=torch.zeros(1)).long()
+        pair = torch.arange(len(joint)).repeat_interleave(counts)
+        n = len(texts)
+        self.rows = torch.stack([pair // n, pair // n ** 2 * n + pair % n], 1).flatten()
+
+    def log_probabilities(self, policy, acts=None):
+        """log π(a_t|s_t) (N, T+1), 0 where the policy does not act."""
+        logp = policy(self.obs).log_softmax(-1)
+        logp = acts(logp) if acts else logp
+        return action_log_probs(logp, self.actions).masked_fill(~self.mask, 0)
+
+    def __call__(self, obs):
+        """V(s_t) (B, T): as a critic, it knows the expected score of the texts that begin in the same way."""
+        base = SIZES.vocab_size + 1
+        states = ((self.obs + 1) * base ** torch.arange(T + 1)).cumsum(1)  # (N, T+1) a number for each prefix
+        p = self.log_probabilities(self.policy).sum(1, keepdim=True).exp().expand_as(states)
+        weights = torch.stack([p, p * self.scores[:, None]], -1)[self.mask]  # (actions, 2)
+        totals = torch.zeros(base ** (T + 1), 2).index_add(0, states[self.mask], weights)
+        values = (totals[:, 1] / totals[:, 0]).nan_to_num()  # padding is no state
+        return values[((obs + 1) * base ** torch.arange(obs.shape[1])).cumsum(1)]
+
+    def rescale_output(self, mean, std):
+        pass
+
+    def truth(self):
+        """∇J by autograd; under whitening divided by the standard deviation of the returns."""
+        logp = self.log_probabilities(self.policy)
+        p = logp.sum(1).exp() / 2
+        penalty = self.config.kl_coef * (logp - self.ref_logprobs)
+        J = p @ (self.scores - penalty.sum(1))
+        gradient = flatten(torch.autograd.grad(J, list(self.policy.parameters())))
+        if self.config.whiten:
+            on_last = torch.zeros_like(logp)
+            on_last[torch.arange(len(p)), self.mask.sum(1)] = self.scores
+            returns = discounted_returns((on_last - penalty).detach(), self.mask, 1.0)
+            gradient /= returns[self.rows][self.mask[self.rows]].std()
+        return gradient
+
+    def gradient(self):
+        """The gradient that a run finds, as the sum over the actions of an episode."""
+        mask = self.mask[self.rows]
+        scores = torch.zeros(mask.shape)
+        scores[torch.arange(len(mask)), mask.sum(1)] = self.scores[self.rows].float()
+        logprobs = self.log_probabilities(self.policy).detach()[self.rows]
+        ref_logprobs = self.ref_logprobs[self.rows]
+        batch = Batch(self.obs[self.rows], self.actions[self.rows], mask, logprobs, scores=scores.sum(1),
+                      ref_logprobs=ref_logprobs)
+        batch.rewards = token_rewards(scores, mask, logprobs, ref_logprobs, self.config.kl_coef)
+        train.add_advantages(batch, self if self.config.advantage == "gae" else None, self.config)
+        still = torch.optim.SGD(self.policy.parameters(), lr=0.0)
+        reinforce(self.policy, batch, still, self.config)
+        return -flatten([p.grad for p in self.policy.parameters()]) * batch.mask.sum() / len(mask)
+
+
+def bias():
+    """Print |E g - ∇J| / |∇J| and the cosine of E g and ∇J for each mistake, on three tiny GPTs."""
+    rows = {}
+    for name, mistake in MISTAKES.items():
+        rows.setdefault(f"none: {describe(mistake.options)}", ("none", mistake.options, None))
+        rows[name] = (name, mistake.options, mistake.acts)
+    print(f"{'':50} |E g - ∇J| / |∇J|    cosine")
+    for label, (name, options, acts) in rows.items():
+        errors = []
+        cosines = []
+        for seed in range(3):
+            census = Census(seed, options, acts)
+            truth = census.truth()
+            with made(name):
+                g = census.gradient()
+            errors.append(f"{((g - truth).norm() / truth.norm()).item():.3f}")
+            cosines.append(f"{torch.cosine_similarity(g, truth, dim=0).item():.3f}")
+        print(f"{label:50} {' '.join(errors)}  {' '.join(cosines)}", flush=True)
+
+
+def describe(options):
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+# A value head on the policy's trunk.
+
+def trunk(run):
+    """Print how far one training of the critic moves the policy if both have the same trunk."""
+    (task, policy, reference, tokenizer, config), _ = load_run(run, None, argparse.ArgumentParser())
+    generators = train.random_generators(0, 10 ** 6, "cpu")
+    critic = Critic(policy.config)
+    critic.transformer = policy.transformer
+    batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
+    old = copy.deepcopy(policy)
+    optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr)
+    for epoch in range(1, config.critic_epochs + 1):
+        fit_critic(critic, batch, optimizer, replace(config, critic_epochs=1), generators["update"])
+        print(f"epochs of the critic: {epoch}   KL(old policy || policy): "
+              f"{mean_kl(old, policy, batch, config):.4f} nats per token")
+
+
+# train.py with a mistake.
+
+@dataclass
+class Config(train.Config):
+    mistake: str = train.option("none", ", ".join(MISTAKES), choices=("none", *MISTAKES))
+
+
+train.Config = Config
+
+
+def main():
+    if sys.argv[1:] == ["bias"]:
+        return bias()
+    if sys.argv[1:2] == ["trunk"] and len(sys.argv) == 3:
+        return trunk(sys.argv[2])
+    config, _ = train.parse(sys.argv[1:])
+    if config.mistake != "none":
+        make(config.mistake)
+    return train.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
