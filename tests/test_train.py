@@ -803,6 +803,16 @@ def world():
     return task, policy, reference, critic, Tokenizer.from_merges([]), config
 
 
+def test_actions_are_sampled_from_the_policy_that_is_trained(world):
+    """The mean of log π(a|s) is minus the entropy if a ~ π, but not at another temperature or with top-p."""
+    task, policy, reference, _, tokenizer, config = world
+    config.batch_size, config.micro_batch = 8192, 10 ** 6
+    generators = {name: torch.Generator().manual_seed(7) for name in ("prompts", "sample")}
+    batch, _, _ = train.scored_episodes(task, policy, reference, tokenizer, config, generators)
+    surprise = (batch.logprobs + batch.entropy)[batch.mask]  # of 28,000 actions
+    assert abs(surprise.mean()) < 4 * surprise.std() / len(surprise) ** 0.5 < 0.05
+
+
 @pytest.mark.parametrize("advantage, whiten", [("gae", 0), ("gae", 1), ("rloo", 0)])
 def test_collect_aligns_every_number_with_its_action(world, advantage, whiten):
     task, policy, reference, critic, tokenizer, config = world

@@ -66,46 +66,46 @@ def in_the_reward(estimator):
 
 WHITENED = dict(advantage="returns", whiten=1, kl_coef=0.0)
 ONLY_PENALTY = dict(advantage="rloo", whiten=0, kl_coef=1.0)  # all scores are zero: J is minus the KL
-LOSS = "test_algos.py::test_reinforce"
+PAYS = "test_advantage.py::test_an_action_pays_where_the_policy_is_likelier_than_the_reference"
 
 MISTAKES = {
     "late_reward": Mistake(
         [Change(token_rewards, "return (scores -", "return (scores.roll(1, 1) -")],
-        "test_advantage.py", dict(WHITENED, kl_coef=0.1)),
+        "test_advantage.py::test_the_score_of_an_action_stays_there", dict(WHITENED, kl_coef=0.1)),
     "end_untrained": Mistake(  # the end of text is the last token of the vocabulary
         [Change(reinforce, "* part.advantages", "* part.advantages * (part.actions < logp.shape[-1] - 1)")],
-        "test_policy_gradient.py", WHITENED),
+        "test_policy_gradient.py::test_the_policy_gradient_is_unbiased", WHITENED),
     "prompt_trained": Mistake(
         [Change(train.add_advantages, "mask = batch.mask",
                 "mask = batch.mask = batch.mask | (batch.mask.cumsum(1) == 0)")],
-        "test_train.py", WHITENED),
+        "test_train.py::test_collect_aligns_every_number_with_its_action", WHITENED),
     "cold_sampling": Mistake(
         [Change(train.scored_episodes, "config, config.temperature,", "config, 0.7 * config.temperature,")],
-        "test_train.py", WHITENED, lambda logp: (logp / 0.7).log_softmax(-1)),
+        "test_train.py::test_actions_are_sampled_from_the_policy_that_is_trained", WHITENED, lambda logp: (logp / 0.7).log_softmax(-1)),
     "top_p": Mistake(
         [Change(rollout.run_episodes, "tokenizer.eos_token, temperature, generator)",
                 "tokenizer.eos_token, temperature, generator, top_p=0.9)")],
-        "test_rollout.py", WHITENED,
+        "test_train.py::test_actions_are_sampled_from_the_policy_that_is_trained", WHITENED,
         lambda logp: top_k_top_p(logp.flatten(0, 1), top_p=0.9).view_as(logp).log_softmax(-1)),
     "padding_whitened": Mistake(
         [Change(advantage.whiten, "mean_and_variance(x, mask)", "mean_and_variance(x, mask | True)")],
-        "test_advantage.py", WHITENED),
+        "test_advantage.py::test_whiten_uses_the_actions_alone", WHITENED),
     "episode_means": Mistake(
         [Change(reinforce, "* part.advantages", "* part.advantages / part.mask.sum(1, keepdim=True)")],
-        "test_policy_gradient.py", WHITENED),
+        "test_algos.py::test_first_step_is_the_policy_gradient", WHITENED),
     "value_at_the_cut": Mistake(
         [Change(advantage.gae, "torch.zeros_like(adv) if bootstrap is None", "values[:, -1] * mask[:, -1] if True")],
-        "test_advantage.py", dict(advantage="gae", lam=0.95, whiten=0, kl_coef=0.0)),
+        "test_advantage.py::test_gae_is_the_double_sum_of_its_definition", dict(advantage="gae", lam=0.95, whiten=0, kl_coef=0.0)),
     "penalty_over_std": Mistake(
         [Change(advantage.from_group, "relative(scores, config.group_size) + penalties",
                 "relative(totals, config.group_size)")],
-        "test_advantage.py", dict(advantage="grpo", whiten=0, kl_coef=0.1)),
-    "k1_loss": Mistake(in_the_loss("x"), LOSS, ONLY_PENALTY),
-    "k2_loss": Mistake(in_the_loss("x ** 2 / 2"), LOSS, ONLY_PENALTY),
-    "k3_loss": Mistake(in_the_loss("(-x).exp() - 1 + x"), LOSS, ONLY_PENALTY),
-    "k3_reversed_loss": Mistake(in_the_loss("x.exp() - 1 - x"), LOSS, ONLY_PENALTY),
-    "k2_reward": Mistake(in_the_reward("x ** 2 / 2"), "test_advantage.py", ONLY_PENALTY),
-    "k3_reward": Mistake(in_the_reward("(-x).exp() - 1 + x"), "test_advantage.py", ONLY_PENALTY),
+        "test_advantage.py::test_a_group_of_equal_scores_learns_the_kl_penalty_in_proportion_to_its_coefficient", dict(advantage="grpo", whiten=0, kl_coef=0.1)),
+    "k1_loss": Mistake(in_the_loss("x"), PAYS, ONLY_PENALTY),
+    "k2_loss": Mistake(in_the_loss("x ** 2 / 2"), PAYS, ONLY_PENALTY),
+    "k3_loss": Mistake(in_the_loss("(-x).exp() - 1 + x"), PAYS, ONLY_PENALTY),
+    "k3_reversed_loss": Mistake(in_the_loss("x.exp() - 1 - x"), PAYS, ONLY_PENALTY),
+    "k2_reward": Mistake(in_the_reward("x ** 2 / 2"), PAYS, ONLY_PENALTY),
+    "k3_reward": Mistake(in_the_reward("(-x).exp() - 1 + x"), PAYS, ONLY_PENALTY),
 }
 
 

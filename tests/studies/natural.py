@@ -245,8 +245,9 @@ def main():
     args = parser.parse_args()
     world, critic = load_run(args.run, args.task, parser)
     world = (*world[:-1], replace(world[-1], max_grad_norm=1.0))
-    found = compare_steps(world, critic, seed=0)
-    print_steps(found, world[-1].clip)
+    steps = [compare_steps(world, critic, seed) for seed in range(args.batches)]
+    for found in steps:
+        print_steps(found, world[-1].clip)
     other = collect(world, None, 12345, batch_size=2048, advantage="rloo", whiten=0)
     batches = [measure(world, critic, seed, other) for seed in range(args.batches)]
     rows = {name: [batch[name] for batch in batches] for name in batches[0]}
@@ -256,7 +257,7 @@ def main():
         cells = [cell((*interval([row[column] for row in found_rows]), 1, 1)) for column in columns]
         print(f"| {name} | {' | '.join(cells)} |")
     try:
-        plot_steps(found, world[-1].clip, TESTS / "trust_region.png")
+        plot_steps(steps[0], world[-1].clip, TESTS / "trust_region.png")
         plot_natural(rows, TESTS / "natural.png")
     except ImportError:
         print("no pictures, which need matplotlib: pip install matplotlib")

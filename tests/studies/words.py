@@ -63,7 +63,7 @@ def draw(rows, title, path):
     axes.set_axis_off()
     axes.set_xlim(0, COLUMNS)
     axes.set_ylim(len(rows), 0)
-    font = dict(family="monospace", fontsize=9, va="center")
+    font = dict(family="monospace", fontsize=10.5, va="center")
     for y, (label, texts) in enumerate(rows):
         axes.text(0, y + 0.5, label, **font)
         x = START
@@ -75,7 +75,7 @@ def draw(rows, title, path):
     figure.colorbar(colours, ax=axes, location="bottom", shrink=0.5, aspect=50,
                     label="log π - log π_ref of a token, nats (□: the end of text)")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
 
 
 def main():
