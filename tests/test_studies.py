@@ -1,7 +1,9 @@
-"""The studies variance.py, damping.py, tuning.py and bench.py."""
+"""The studies in tests/studies, except compare.py, cartpole.py and overoptimization.py."""
 
 import itertools
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 
 import bench
 import compare
+import mistakes
 import train
 import tuning
 from damping import mean_eigenvalue
-from helpers import TINY
+from helpers import ROOT, TINY
+from mistakes import Census
 from reward import Task, Text, accuracy
 from variance import Moments
 
@@ -147,3 +151,35 @@ def test_the_phases_of_a_run_add_up():
     shares = [float(row["share"].rstrip("%")) for row in phases]
     assert sum(shares) == pytest.approx(100, abs=1) and min(shares) >= 0
     assert 50 < sum(float(row["share"].rstrip("%")) for row in operators) <= 101
+
+
+# mistakes.py
+
+@pytest.mark.parametrize("options", [mistakes.RETURNS, mistakes.CRITIC, mistakes.ONLY_PENALTY])
+def test_without_a_mistake_a_census_has_the_gradient_of_the_objective(options):
+    census = Census(0, options, pairs=5000)
+    truth = census.truth()
+    assert (census.gradient() - truth).norm() < 0.02 * truth.norm()
+
+
+@pytest.mark.parametrize("name", mistakes.MISTAKES)
+def test_a_mistake_is_made_within_its_block_only(name):
+    options = mistakes.MISTAKES[name].options
+    census = Census(0, options, mistakes.MISTAKES[name].acts, pairs=200)
+    right = census.gradient()
+    with mistakes.made(name):
+        wrong = census.gradient()
+    assert torch.equal(census.gradient(), right)
+    sampled = name in ("cold_sampling", "top_p")  # whose change is not in the functions of a census
+    assert torch.equal(wrong, right) == sampled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mistakes.MISTAKES)
+def test_a_test_fails_with_each_mistake(name):
+    code = ("import sys; sys.path[:0] = ['.', 'tests', 'tests/studies']; import mistakes, pytest; "
+            f"mistakes.make({name!r}); sys.exit(pytest.main(sys.argv[1:]))")
+    test = f"tests/{mistakes.MISTAKES[name].test}"
+    result = subprocess.run([sys.executable, "-c", code, "-x", "-q", "-p", "no:cacheprovider", test],
+                            cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "AssertionError" in result.stdout, result.stdout[-2000:]

@@ -2,10 +2,10 @@
 
 RUN: a run on reviews without a penalty, made by `python train.py --kl-coef 0 --name hacked`.
 
-Its policy is trained on the penalty only, to come back to the reference: 60 Adam steps, each on 48 completions,
-12 prompts with 4 of each. As a term of the loss an estimator is differentiated. k1 in the reward is not: the
-score of a text is minus the sum of its k1, with the mean score of the other 3 as baseline. Writes
-results/kl_estimators.csv and, if matplotlib is installed, tests/kl_estimators.png. Tang & Munos 2025.
+Its policy is trained on the penalty only, to come back to the reference: 60 Adam steps, each on 48
+completions, 12 prompts with 4 of each. As a term of the loss an estimator is differentiated. k1 in the reward
+is not: the score of a text is minus the sum of its k1, and the mean score of the other 3 is its baseline.
+Writes kl_estimators.csv and, if matplotlib is installed, a picture into --out. Tang & Munos 2025.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from model import BadInput, load_checkpoint
 from reward import reviews
 from rollout import sample
 
-TESTS = Path(__file__).parents[1]
 STEPS = 60
 
 # How the penalty enters, and how texts are sampled. x is log π - log π_ref of an action.
@@ -110,6 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
     try:
         policy, reference, tokenizer, _ = load_checkpoint(args.run)
@@ -117,7 +117,7 @@ def main():
         parser.error(str(e))
     print("| penalty | KL | entropy | length |\n|---|---|---|---|")
     curves = measure(policy, reference, tokenizer, args.seeds)
-    with open(TESTS / "studies" / "results" / "kl_estimators.csv", "w", newline="") as file:
+    with open(args.out / "kl_estimators.csv", "w", newline="") as file:
         sheet = csv.writer(file, lineterminator="\n")
         sheet.writerow(["penalty", "seed", "step", "kl", "entropy", "length"])
         for setting, runs in curves.items():
@@ -125,7 +125,7 @@ def main():
                 for step, numbers in enumerate(curve):
                     sheet.writerow([setting, seed, step, *(f"{x:.4g}" for x in numbers)])
     try:
-        plot(curves, TESTS / "kl_estimators.png")
+        plot(curves, args.out / "kl_estimators.png")
     except ImportError:
         print("no picture, which needs matplotlib: pip install matplotlib")
 

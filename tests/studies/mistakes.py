@@ -1,4 +1,4 @@
-"""Classic mistakes of policy gradients, made on purpose: how wrong is the gradient, and what would a run show?
+"""Classic mistakes, made on purpose: how wrong is the policy gradient, and what would a run show?
 
     python tests/studies/mistakes.py bias          # the expected gradient with each mistake: a minute
     python tests/studies/mistakes.py trunk RUN     # what one training of a shared value head does to a policy
@@ -14,7 +14,7 @@ import contextlib
 import copy
 import inspect
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType
 
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import advantage
-import algos
 import rollout
 import train
 from advantage import discounted_returns, token_rewards
@@ -38,74 +37,91 @@ from variance import load_run
 @dataclass
 class Change:
     function: FunctionType
-    right: str
-    wrong: str
+    right: str  # a part of its source
+    wrong: str  # what stands there instead
 
 
 @dataclass
 class Mistake:
-    changes: list  # usually one
-    test: str  # a test that fails with it
-    options: dict = field(default_factory=dict)  # under which its bias is measured
-    acts: FunctionType = None  # log π (…, A) -> those of the distribution that is sampled
+    changes: list
+    test: str  # fails with it, a file and a function of tests/
+    options: dict  # under which its expected gradient is computed
+    acts: FunctionType = None  # log π (…, A) -> those of the distribution from which actions are drawn
 
 
-def in_the_loss(estimator):
-    """A KL penalty that is differentiated, and not in the reward. estimator: of x = log π - log π_ref."""
-    return [Change(token_rewards, "scores - kl_coef *", "scores - 0 *"),
-            Change(reinforce, "return -action_log_probs(logp, part.actions) * part.advantages",
-                   "logp = action_log_probs(logp, part.actions)\n"
-                   "        x = (logp - part.ref_logprobs).masked_fill(~part.mask, 0)\n"
-                   f"        return -logp * part.advantages + config.kl_coef * ({estimator})")]
+def kl_in_the_loss(estimator):
+    """A KL penalty that is differentiated, in place of that in the reward. estimator: of x = log π/π_ref."""
+    changes = [Change(token_rewards, "scores - kl_coef *", "scores - 0 *"),
+               Change(reinforce, "return -action_log_probs(logp, part.actions) * part.advantages",
+                      "logp = action_log_probs(logp, part.actions)\n"
+                      "        x = (logp - part.ref_logprobs).masked_fill(~part.mask, 0)\n"
+                      f"        return -logp * part.advantages + config.kl_coef * ({estimator})")]
+    return Mistake(changes, PENALTY_TEST, ONLY_PENALTY)
 
 
-def in_the_reward(estimator):
-    return [Change(token_rewards, "return (scores - kl_coef * (logprobs - ref_logprobs))",
-                   f"x = logprobs - ref_logprobs\n    return (scores - kl_coef * ({estimator}))")]
+def kl_in_the_reward(estimator):
+    """Another penalty in the reward than x = log π/π_ref."""
+    changes = [Change(token_rewards, "return (scores - kl_coef * (logprobs - ref_logprobs))",
+                      f"x = logprobs - ref_logprobs\n    return (scores - kl_coef * ({estimator}))")]
+    return Mistake(changes, PENALTY_TEST, ONLY_PENALTY)
 
 
-WHITENED = dict(advantage="returns", whiten=1, kl_coef=0.0)
-ONLY_PENALTY = dict(advantage="rloo", whiten=0, kl_coef=1.0)  # all scores are zero: J is minus the KL
-PAYS = "test_advantage.py::test_an_action_pays_where_the_policy_is_likelier_than_the_reference"
+RETURNS = dict(advantage="returns", whiten=1, kl_coef=0.0)
+CRITIC = dict(advantage="gae", lam=0.95, whiten=0, kl_coef=0.0)  # a perfect one
+GROUPS = dict(advantage="grpo", whiten=0, kl_coef=0.1)
+ONLY_PENALTY = dict(advantage="rloo", whiten=0, kl_coef=1.0)  # scores are a thousandth: J is minus the KL
+PENALTY_TEST = "test_advantage.py::test_an_action_pays_where_the_policy_is_likelier_than_the_reference"
+SAMPLING_TEST = "test_train.py::test_actions_are_sampled_from_the_policy_that_is_trained"
 
 MISTAKES = {
+    # The reward stands one column late.
     "late_reward": Mistake(
         [Change(token_rewards, "return (scores -", "return (scores.roll(1, 1) -")],
-        "test_advantage.py::test_the_score_of_an_action_stays_there", dict(WHITENED, kl_coef=0.1)),
-    "end_untrained": Mistake(  # the end of text is the last token of the vocabulary
+        "test_advantage.py::test_the_score_of_an_action_stays_there", dict(RETURNS, kl_coef=0.1)),
+    # The end of text, the last token of the vocabulary, gets no gradient.
+    "end_untrained": Mistake(
         [Change(reinforce, "* part.advantages", "* part.advantages * (part.actions < logp.shape[-1] - 1)")],
-        "test_policy_gradient.py::test_the_policy_gradient_is_unbiased", WHITENED),
+        "test_policy_gradient.py::test_the_policy_gradient_is_unbiased", RETURNS),
+    # The tokens of the prompt are trained, too.
     "prompt_trained": Mistake(
         [Change(train.add_advantages, "mask = batch.mask",
                 "mask = batch.mask = batch.mask | (batch.mask.cumsum(1) == 0)")],
-        "test_train.py::test_collect_aligns_every_number_with_its_action", WHITENED),
+        "test_train.py::test_collect_aligns_every_number_with_its_action", RETURNS),
+    # Texts are sampled at temperature 0.7, and their log-probabilities are those at 1.
     "cold_sampling": Mistake(
         [Change(train.scored_episodes, "config, config.temperature,", "config, 0.7 * config.temperature,")],
-        "test_train.py::test_actions_are_sampled_from_the_policy_that_is_trained", WHITENED, lambda logp: (logp / 0.7).log_softmax(-1)),
+        SAMPLING_TEST, RETURNS, lambda logp: (logp / 0.7).log_softmax(-1)),
+    # Texts are sampled with top-p, and their log-probabilities are those of all of π.
     "top_p": Mistake(
         [Change(rollout.run_episodes, "tokenizer.eos_token, temperature, generator)",
                 "tokenizer.eos_token, temperature, generator, top_p=0.9)")],
-        "test_train.py::test_actions_are_sampled_from_the_policy_that_is_trained", WHITENED,
+        SAMPLING_TEST, RETURNS,
         lambda logp: top_k_top_p(logp.flatten(0, 1), top_p=0.9).view_as(logp).log_softmax(-1)),
+    # Advantages are whitened over the padding, too.
     "padding_whitened": Mistake(
         [Change(advantage.whiten, "mean_and_variance(x, mask)", "mean_and_variance(x, mask | True)")],
-        "test_advantage.py::test_whiten_uses_the_actions_alone", WHITENED),
+        "test_advantage.py::test_whiten_uses_the_actions_alone", RETURNS),
+    # Each episode's loss is divided by its own length.
     "episode_means": Mistake(
         [Change(reinforce, "* part.advantages", "* part.advantages / part.mask.sum(1, keepdim=True)")],
-        "test_algos.py::test_first_step_is_the_policy_gradient", WHITENED),
+        "test_algos.py::test_first_step_is_the_policy_gradient", RETURNS),
+    # A text that is cut at its maximum length gets the critic's value after its last action.
     "value_at_the_cut": Mistake(
-        [Change(advantage.gae, "torch.zeros_like(adv) if bootstrap is None", "values[:, -1] * mask[:, -1] if True")],
-        "test_advantage.py::test_gae_is_the_double_sum_of_its_definition", dict(advantage="gae", lam=0.95, whiten=0, kl_coef=0.0)),
+        [Change(advantage.gae, "torch.zeros_like(adv) if bootstrap is None",
+                "values[:, -1] * mask[:, -1] if True")],
+        "test_advantage.py::test_gae_is_the_double_sum_of_its_definition", CRITIC),
+    # The KL penalty is divided by the group's standard deviation, as if it were a part of the score.
     "penalty_over_std": Mistake(
         [Change(advantage.from_group, "relative(scores, config.group_size) + penalties",
                 "relative(totals, config.group_size)")],
-        "test_advantage.py::test_a_group_of_equal_scores_learns_the_kl_penalty_in_proportion_to_its_coefficient", dict(advantage="grpo", whiten=0, kl_coef=0.1)),
-    "k1_loss": Mistake(in_the_loss("x"), PAYS, ONLY_PENALTY),
-    "k2_loss": Mistake(in_the_loss("x ** 2 / 2"), PAYS, ONLY_PENALTY),
-    "k3_loss": Mistake(in_the_loss("(-x).exp() - 1 + x"), PAYS, ONLY_PENALTY),
-    "k3_reversed_loss": Mistake(in_the_loss("x.exp() - 1 - x"), PAYS, ONLY_PENALTY),
-    "k2_reward": Mistake(in_the_reward("x ** 2 / 2"), PAYS, ONLY_PENALTY),
-    "k3_reward": Mistake(in_the_reward("(-x).exp() - 1 + x"), PAYS, ONLY_PENALTY),
+        "test_advantage.py::test_a_group_of_equal_scores_learns_the_kl_penalty_in_proportion_to_its_"
+        "coefficient", GROUPS),
+    "k1_loss": kl_in_the_loss("x"),
+    "k2_loss": kl_in_the_loss("x ** 2 / 2"),
+    "k3_loss": kl_in_the_loss("(-x).exp() - 1 + x"),
+    "k3_reversed_loss": kl_in_the_loss("x.exp() - 1 - x"),
+    "k2_reward": kl_in_the_reward("x ** 2 / 2"),
+    "k3_reward": kl_in_the_reward("(-x).exp() - 1 + x"),
 }
 
 
@@ -164,8 +180,9 @@ class Census:
         columns = torch.arange(T + 1)
         self.mask = (columns >= 1) & (columns <= lengths[:, None])
         self.ref_logprobs = self.log_probabilities(reference).detach()
-        only_penalty = options["kl_coef"] == 1
-        self.scores = 0 * lengths if only_penalty else rand(len(tokens), seed=seed).float()
+        self.scores = rand(len(tokens), seed=seed).float()
+        if options is ONLY_PENALTY:
+            self.scores *= 1e-3
 
         with torch.no_grad():
             q = self.log_probabilities(self.policy, acts).sum(1).exp().view(2, -1)  # of each prompt's texts
@@ -182,7 +199,7 @@ class Census:
         return action_log_probs(logp, self.actions).masked_fill(~self.mask, 0)
 
     def __call__(self, obs):
-        """V(s_t) (B, T): as a critic, it knows the expected score of the texts that begin in the same way."""
+        """V(s_t) (B, T), the expected score of the texts that begin in the same way: a perfect critic."""
         base = SIZES.vocab_size + 1
         states = ((self.obs + 1) * base ** torch.arange(T + 1)).cumsum(1)  # (N, T+1) a number for each prefix
         p = self.log_probabilities(self.policy).sum(1, keepdim=True).exp().expand_as(states)
@@ -272,7 +289,8 @@ class Config(train.Config):
     mistake: str = train.option("none", ", ".join(MISTAKES), choices=("none", *MISTAKES))
 
 
-train.Config = Config
+if __name__ != "mistakes":  # which is its name where a test imports it
+    train.Config = Config
 
 
 def main():

@@ -1,18 +1,19 @@
-"""How natural is PPO? And does clipping keep a policy near the old one? `python tests/studies/natural.py RUN`.
+"""How natural is PPO's update? And does clipping keep a policy near the old one?
 
-RUN: a run under gae, such as one of 5 iterations: `python train.py --iterations 5 --name early`.
+`python tests/studies/natural.py RUN`. RUN: a run under gae, such as one of five iterations, made by
+`python train.py --iterations 5 --name early`.
 
 Each update starts from the run's policy and the same batch. g is the batch's policy gradient, F the Fisher
 matrix over all of its episodes. For each update Δ of the weights:
 
-gain / √KL    E[(ρ - 1) A] × the mean length, which is how much the expected score rises to first order, over
-              the square root of the mean KL(π_old‖π). Both are taken over 2,048 other episodes, A leave-one-out.
+gain / √KL    E[(ρ - 1) A] × the mean length, which is how much J rises to first order, over the square root
+              of the mean KL(π_old‖π). Both are taken over 2,048 other episodes, with A from leave-one-out.
 cosines       of Δ with g and with x = (F + λI)⁻¹ g; and in the metric of F, ΔᵀF x / √(ΔᵀFΔ xᵀF x), which
               counts a direction by how much it changes the policy.
 
 REINFORCE's gradient steps have a KL of about 0.001, because their ratio does not depend on the length. Adam's
-averages begin as after 20 batches of this policy, at a learning rate of zero. Writes tests/natural.png and
-tests/trust_region.png if matplotlib is installed.
+averages begin as after 20 batches of this policy, at a learning rate of zero. Writes natural.png and
+trust_region.png into --out if matplotlib is installed.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -46,7 +46,6 @@ from algos import (
 from compare import COLOURS, cell, interval
 from variance import load_run
 
-TESTS = Path(__file__).parents[1]
 CG_ITERS = (1, 3, 10, 30)
 PPO_STEPS = (1, 2, 4, 8, 16)
 DAMPINGS = (0.1, 0.01)
@@ -54,8 +53,9 @@ DAMPINGS = (0.1, 0.01)
 
 def collect(world, critic, seed, **options):
     task, policy, reference, tokenizer, config = world
+    config = replace(config, **options)
     generators = train.random_generators(seed, 10 ** 6, "cpu")
-    return train.collect(task, policy, reference, critic, tokenizer, replace(config, **options), generators)[0]
+    return train.collect(task, policy, reference, critic, tokenizer, config, generators)[0]
 
 
 def moved(policy, change):
@@ -152,7 +152,10 @@ def cosine(a, b):
 
 @torch.no_grad()
 def compare_steps(world, critic, seed):
-    """{algorithm: (π_old of each action, ratio, KL of its state)} of a PPO update and a TRPO step of equal KL."""
+    """PPO's update and TRPO's step of equal mean KL: π_old of each action, its ratio, and its state's KL.
+
+    Returns {algorithm: (p, ratio, kl)}, (n,) each, of the batch that the update has used.
+    """
     policy, config = world[1], world[-1]
     batch = collect(world, critic, seed)
     generator = torch.Generator().manual_seed(1)
@@ -177,10 +180,11 @@ def compare_steps(world, critic, seed):
     found = {}
     for name, after in changed.items():
         def columns(part):
-            old = log_probs(policy, part.obs, config.temperature)
+            old = log_probs(policy, part.obs, config.temperature)  # (b, T, A)
             new = log_probs(after, part.obs, config.temperature)
-            ratio = (action_log_probs(new, part.actions) - action_log_probs(old, part.actions)).exp()
-            return torch.stack([action_log_probs(old, part.actions).exp(), ratio, kl_divergence(old, new)], -1)
+            p_old = action_log_probs(old, part.actions).exp()  # (b, T)
+            ratio = action_log_probs(new, part.actions).exp() / p_old
+            return torch.stack([p_old, ratio, kl_divergence(old, new)], -1)
         found[name] = map_micro_batches(columns, batch, config)[batch.mask].unbind(-1)
     return found
 
@@ -191,10 +195,10 @@ BINS = (0, 0.01, 0.1, 0.5, 1.0001)
 def print_steps(found, clip):
     for name, (p, ratio, kl) in found.items():
         outside = (ratio - 1).abs() > clip
-        print(f"{name}: mean KL {kl.mean():.4f}, largest of a state {kl.max():.3f}, "
-              f"share of the KL in the 1% of states with the largest "
-              f"{(kl.sort().values[-len(kl) // 100:].sum() / kl.sum()).item():.2f}, "
-              f"largest ratio {ratio.max():.2f}, smallest {ratio.min():.2f}, outside {outside.float().mean():.3f}")
+        top = (kl.sort().values[-(len(kl) // 100):].sum() / kl.sum()).item()
+        print(f"{name}: mean KL {kl.mean():.4f}, largest of a state {kl.max():.3f}, share of the 1% of "
+              f"states with the largest: {top:.2f}; ratios from {ratio.min():.2f} to {ratio.max():.2f}, "
+              f"{outside.float().mean():.3f} of them outside the clip range")
         for low, high in zip(BINS, BINS[1:]):
             chosen = (p >= low) & (p < high)
             print(f"  π_old from {low:g} to {min(high, 1):g}: {chosen.float().mean():.3f} of the actions, "
@@ -241,7 +245,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("--task", help="the run's task, if it is a file: its code will be executed")
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
     world, critic = load_run(args.run, args.task, parser)
     world = (*world[:-1], replace(world[-1], max_grad_norm=1.0))
@@ -257,8 +262,8 @@ def main():
         cells = [cell((*interval([row[column] for row in found_rows]), 1, 1)) for column in columns]
         print(f"| {name} | {' | '.join(cells)} |")
     try:
-        plot_steps(steps[0], world[-1].clip, TESTS / "trust_region.png")
-        plot_natural(rows, TESTS / "natural.png")
+        plot_steps(steps[0], world[-1].clip, args.out / "trust_region.png")
+        plot_natural(rows, args.out / "natural.png")
     except ImportError:
         print("no pictures, which need matplotlib: pip install matplotlib")
 

@@ -1,8 +1,8 @@
 """What does RL do to words? `python tests/studies/words.py RUN RUN … --out tests/words.png` draws a picture.
 
-RUNs: runs on one task, from the same pretrained weights, with more and more iterations. Every policy, first the
-pretrained one, completes the same two held-out prompts with the same random numbers. The colour of a token is
-log π - log π_ref, by which RL has made it more or less likely, in nats. Needs matplotlib.
+RUNs: runs on one task, from the same pretrained weights, with more and more iterations. Every policy, first
+the pretrained one, completes the same two held-out prompts with the same random numbers. The colour of a
+token is log π - log π_ref, by which RL has made it more or less likely, in nats. Needs matplotlib.
 """
 
 import argparse
@@ -31,8 +31,9 @@ def completions(run, task_file, n_prompts, seed, pretrained=False):
     config = train.Config(**more["config"])
     task = load_task(task_file or config.task, config.pretrain_seed)
     prompts = task.heldout[:n_prompts]
-    batch, texts = task.run_episodes(reference if pretrained else policy, reference, prompts, tokenizer, config,
-                                     config.temperature, torch.Generator().manual_seed(seed))
+    acts = reference if pretrained else policy
+    batch, texts = task.run_episodes(acts, reference, prompts, tokenizer, config, config.temperature,
+                                     torch.Generator().manual_seed(seed))
     changes = [(logp - ref)[mask].tolist()
                for logp, ref, mask in zip(batch.logprobs, batch.ref_logprobs, batch.mask)]
     found = zip(prompts, texts, score(task.reward, prompts, texts), changes)
@@ -84,7 +85,7 @@ def main():
     parser.add_argument("--task", help="the runs' task, if it is a file: its code will be executed")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--title", default="The same prompts and random numbers after more and more iterations")
+    parser.add_argument("--title", default="The same prompts and random numbers after more and more RL")
     parser.add_argument("--out", type=Path, default=Path("runs/words.png"))
     args = parser.parse_args()
     options = args.task, args.prompts, args.seed
