@@ -157,7 +157,7 @@ def test_the_phases_of_a_run_add_up():
 
 @pytest.mark.parametrize("options", [mistakes.RETURNS, mistakes.CRITIC, mistakes.ONLY_PENALTY])
 def test_without_a_mistake_a_census_has_the_gradient_of_the_objective(options):
-    census = Census(0, options, pairs=5000)
+    census = Census(0, options, pairs=20_000)
     truth = census.truth()
     assert (census.gradient() - truth).norm() < 0.02 * truth.norm()
 

@@ -28,7 +28,7 @@ import rollout
 import train
 from advantage import discounted_returns, token_rewards
 from algos import Batch, action_log_probs, fit_critic, flatten, mean_kl, reinforce
-from model import Critic
+from model import GPT, Critic
 from rollout import top_k_top_p
 from test_policy_gradient import EOS, SIZES, T, completions, perturbed, rand
 from variance import load_run
@@ -168,8 +168,9 @@ class Census:
     """
 
     def __init__(self, seed, options, acts=None, pairs=50_000):
-        self.policy = perturbed(train.GPT(replace(SIZES, block_size=T + 2)), seed).float()
-        reference = perturbed(train.GPT(replace(SIZES, block_size=T + 2)), seed + 1).float()
+        self.policy, reference = (
+            perturbed(GPT(replace(SIZES, block_size=T + 2), torch.Generator().manual_seed(s)), s).float()
+            for s in (seed, seed + 1))
         self.config = train.Config(group_size=2, micro_batch=10 ** 9, max_grad_norm=1e9, gamma=1.0, **options)
         texts = completions()
         tokens = torch.tensor([[*prompt, *text, *[EOS] * (T - len(text))]
