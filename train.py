@@ -1146,15 +1146,20 @@ def set_up(config):
 
 
 def load_run(config):
-    """(task, policy, reference, tokenizer, more) of a run. more: see `load_checkpoint`. Raises BadInput."""
-    policy, reference, tokenizer, more = load_checkpoint(Path(config.out) / config.name, set_up(config))
-    task = use_reward_model(load_seeded_task(config), more.get("reward_model"), tokenizer, config)
-    return task, policy, reference, tokenizer, more
+    """(task, policy, reference, critic, tokenizer) of a run. critic: None if it has none. Raises BadInput."""
+    device = set_up(config)
+    policy, reference, tokenizer, saved = load_checkpoint(Path(config.out) / config.name, device)
+    critic = None
+    if "critic" in saved:
+        critic = Critic(policy.config).to(device)
+        critic.load_state_dict(saved["critic"])
+    task = use_reward_model(load_seeded_task(config), saved.get("reward_model"), tokenizer, config)
+    return task, policy, reference, critic, tokenizer
 
 
 def evaluate_again(config):
     """--eval: evaluate a run, and print its first samples and its figures."""
-    task, policy, reference, tokenizer, _ = load_run(config)
+    task, policy, reference, _, tokenizer = load_run(config)
     figures, samples = evaluate(task, policy, reference, tokenizer, config)
     print(*(sample["prompt"] + sample["completion"] for sample in samples[:6]), sep="\n")
     print_figures(task, {"after": figures})
@@ -1162,12 +1167,7 @@ def evaluate_again(config):
 
 def explain(config):
     """--explain: print the numbers of an iteration for each action of its first four completions."""
-    task, policy, reference, tokenizer, more = load_run(config)
-    critic = None
-    if "critic" in more:
-        critic = Critic(policy.config)
-        critic.load_state_dict(more["critic"])
-        critic.to(next(policy.parameters()).device)
+    task, policy, reference, critic, tokenizer = load_run(config)
     generators = random_generators(config.seed, 0, next(policy.parameters()).device)
     batch, prompts, texts = scored_episodes(task, policy, reference, tokenizer, config, generators)
     add_advantages(batch, critic, replace(config, whiten=0))

@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
 from advantage import ADVANTAGES, mean_and_variance, whiten
 from algos import fit_critic, flatten, map_micro_batches, reinforce
-from model import BadInput, Critic, load_checkpoint
-from reward import TASKS, use_reward_model
+from model import BadInput
 
 CRITIC_FREE = {
     "returns, no baseline": dict(advantage="returns"),
@@ -70,20 +69,14 @@ def load_run(run, task, parser):
 
     task: its task file, which is executed; None for a built-in task.
     """
+    config, _ = train.parse(["--explain", run] + (["--task", task] if task else []))
     try:
-        policy, reference, tokenizer, more = load_checkpoint(run)
+        task, policy, reference, critic, tokenizer = train.load_run(config)
     except BadInput as e:
         parser.error(str(e))
-    if "critic" not in more:
+    if critic is None:
         parser.error(f"{run} has no critic: give a run under gae")
-    config = replace(train.Config(**more["config"]), max_grad_norm=1e9)
-    if config.task not in TASKS and task is None:
-        parser.error(f"{run} uses a task file: add --task {config.task} to execute it")
-    config.task = task or config.task
-    critic = Critic(policy.config, policy)
-    critic.load_state_dict(more["critic"])
-    loaded = use_reward_model(train.load_seeded_task(config), more.get("reward_model"), tokenizer, config)
-    return (loaded, policy, reference, tokenizer, config), critic
+    return (task, policy, reference, tokenizer, replace(config, max_grad_norm=1e9)), critic
 
 
 def collect(world, critic, seed):

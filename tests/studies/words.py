@@ -14,8 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from model import BadInput, load_checkpoint
-from reward import load_task, score
+from model import BadInput
+from reward import score
 
 LIMIT = 3.0  # nats, of the colours
 COLUMNS = 108  # characters of a line, of which the first 33 are for the numbers
@@ -27,9 +27,8 @@ def completions(run, task_file, n_prompts, seed, pretrained=False):
 
     pretrained: let the reference act in its place.
     """
-    policy, reference, tokenizer, more = load_checkpoint(run)
-    config = train.Config(**more["config"])
-    task = load_task(task_file or config.task, config.pretrain_seed)
+    config, _ = train.parse(["--explain", run] + (["--task", task_file] if task_file else []))
+    task, policy, reference, _, tokenizer = train.load_run(config)
     prompts = task.heldout[:n_prompts]
     acts = reference if pretrained else policy
     batch, texts = task.run_episodes(acts, reference, prompts, tokenizer, config, config.temperature,
@@ -37,7 +36,7 @@ def completions(run, task_file, n_prompts, seed, pretrained=False):
     changes = [(logp - ref)[mask].tolist()
                for logp, ref, mask in zip(batch.logprobs, batch.ref_logprobs, batch.mask)]
     found = zip(prompts, texts, score(task.reward, prompts, texts), changes)
-    return 0 if pretrained else len(more["history"]), [*found]
+    return 0 if pretrained else config.iterations, [*found]
 
 
 def lay_out(prompt, completion, changes):
