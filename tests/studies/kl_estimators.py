@@ -26,6 +26,7 @@ from compare import COLOURS, cell, interval
 from model import BadInput, load_checkpoint
 from reward import reviews
 from rollout import sample
+from words import save_small
 
 STEPS = 60
 
@@ -102,7 +103,7 @@ def plot(curves, path):
         axes.set_xlabel("steps on the penalty only", fontsize=11)
     figure.suptitle("Reviews: which penalties bring a policy back to its reference?", fontsize=11)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
-    figure.savefig(path, dpi=90)
+    save_small(figure, path, dpi=80)
 
 
 def main():

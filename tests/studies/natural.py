@@ -45,6 +45,7 @@ from algos import (
 )
 from compare import COLOURS, cell, interval
 from variance import load_run
+from words import save_small
 
 CG_ITERS = (1, 3, 10, 30)
 PPO_STEPS = (1, 2, 4, 8, 16)
@@ -214,15 +215,15 @@ def plot_natural(rows, path):
     axes = figure.subplots(1, 3, sharey=True)
     names = [*rows][::-1]
     for ax, column, title in zip(axes, ("gain / √KL", "with x, λ = 0.01", "in F, λ = 0.01"),
-                                 ("gain of the score per √KL", "cosine with the natural gradient",
-                                  "the same, measured by the policy")):
+                                 ("gain of the score / √KL", "cosine with F⁻¹g",
+                                  "cosine, in the metric of F")):
         means, halves = zip(*(interval([row[column] for row in rows[name]]) for name in names))
         colours = [COLOURS[1 + ("PPO" in name) + 2 * ("TRPO" in name)] for name in names]
         ax.barh(names, means, xerr=halves, color=colours)
         ax.set_title(title, fontsize=11)
     figure.suptitle("Reviews after 5 iterations: one update from the same policy, mean and 95% interval over "
                     f"{len(rows[names[0]])} batches", fontsize=11)
-    figure.savefig(path, dpi=90)
+    save_small(figure, path, dpi=80)
 
 
 def plot_steps(found, clip, path):
@@ -238,7 +239,7 @@ def plot_steps(found, clip, path):
     figure.axes[0].set_ylabel("ratio π / π_old", fontsize=11)
     figure.colorbar(dots, ax=figure.axes, label="KL of the state, nats")
     figure.suptitle("Reviews: every action of a batch after one update; grey: PPO's clip range", fontsize=11)
-    figure.savefig(path, dpi=80)
+    save_small(figure, path, dpi=80)
 
 
 def main():
