@@ -36,7 +36,8 @@ def test_a_command_names_a_script_and_options_that_exist(command):
     if script.startswith("PATH/"):
         script = script.removeprefix("PATH/")
     source = (ROOT / script).read_text(encoding="utf-8")
-    trained = {train.flag(f.name) for f in fields(train.Config)} | {"--resume", "--eval", "--explain", "--help"}
+    trained = {train.flag(f.name) for f in fields(train.Config)}
+    trained |= {"--resume", "--eval", "--explain", "--help"}
     trains = script == "train.py" or "compare" in script or "train.main(" in source
     for option in [word.split("=")[0] for word in arguments if word.startswith("--")]:
         assert f'"{option}"' in source or trains and option in trained, option
