@@ -29,8 +29,8 @@ from algos import (
 from model import GPT, Critic, GPTConfig
 
 V, B, T = 4, 6, 5
-CONFIG = dict(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1e9,
-              delta=0.01, cg_iters=10, damping=0.1, fisher_fraction=1.0, critic_epochs=1, micro_batch=1024)
+CONFIG = dict(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1e9, delta=0.01,
+              cg_iters=10, damping=0.1, fisher_fraction=1.0, critic_epochs=1, micro_batch=1024, kl_coef=0.1)
 UPDATES = [reinforce, ppo, trpo]
 
 
@@ -113,7 +113,8 @@ def make_batch(policy, temperature=1.0, seed=1):
     advantages, targets, returns = rand(3, B, T, seed=seed + 1)
     with torch.no_grad():
         logprobs = action_log_probs(log_probs(policy, obs, temperature), actions)
-    return Batch(obs, actions, mask, logprobs, advantages, targets, torch.zeros_like(returns), returns)
+    return Batch(obs, actions, mask, logprobs, advantages, targets, torch.zeros_like(returns), returns,
+                 ref_logprobs=2 * logprobs)
 
 
 def action_states(batch):

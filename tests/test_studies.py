@@ -183,3 +183,4 @@ def test_a_test_fails_with_each_mistake(name):
     result = subprocess.run([sys.executable, "-c", code, "-x", "-q", "-p", "no:cacheprovider", test],
                             cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "AssertionError" in result.stdout, result.stdout[-2000:]
+    # Without the mistake it passes: the default run has it.

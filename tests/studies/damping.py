@@ -11,6 +11,7 @@ import argparse
 import copy
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ def main():
     parser.add_argument("--dampings", type=float, nargs="+", default=[0.001, 0.01, 0.1, 1.0])
     args = parser.parse_args()
     (task, policy, reference, tokenizer, config), critic = load_run(args.run, args.task, parser)
+    config = replace(config, max_grad_norm=1e9)
     generators = train.random_generators(0, 10 ** 6, "cpu")
     batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
     reinforce(policy, batch, torch.optim.SGD(policy.parameters(), 0.0), config)

@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from advantage import leave_one_out, masked_mean
 from algos import action_log_probs, entropy, kl_divergence
-from compare import COLOURS, cell, interval
+from compare import COLOURS, cell, interval, save_small
 from model import BadInput, load_checkpoint
 from reward import reviews
 from rollout import sample
-from words import save_small
 
 STEPS = 60
 
@@ -103,7 +102,7 @@ def plot(curves, path):
         axes.set_xlabel("steps on the penalty only", fontsize=11)
     figure.suptitle("Reviews: which penalties bring a policy back to its reference?", fontsize=11)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
-    save_small(figure, path, dpi=80)
+    save_small(figure, path)
 
 
 def main():

@@ -5,7 +5,8 @@
     python tests/studies/mistakes.py --mistake late_reward --algo reinforce    # train.py with a mistake
     python tests/studies/compare.py --script tests/studies/mistakes.py --algo reinforce --mistake none,top_p
 
-A mistake is one line of this project, changed. `bias` takes a tiny GPT, two prompts, and every completion,
+A mistake is one line of this project, changed: MISTAKES has the right and the wrong text of the line, and
+`make` puts the wrong one into the running program. `bias` takes a tiny GPT, two prompts and every completion,
 and compares the expected gradient E g of REINFORCE with ∇J by autograd. J is the expected score minus β·KL.
 """
 
@@ -56,7 +57,7 @@ def kl_in_the_loss(estimator):
                       "logp = action_log_probs(logp, part.actions)\n"
                       "        x = (logp - part.ref_logprobs).masked_fill(~part.mask, 0)\n"
                       f"        return -logp * part.advantages + config.kl_coef * ({estimator})")]
-    return Mistake(changes, PENALTY_TEST, ONLY_PENALTY)
+    return Mistake(changes, LOSS_TEST, ONLY_PENALTY)
 
 
 def kl_in_the_reward(estimator):
@@ -70,6 +71,7 @@ RETURNS = dict(advantage="returns", whiten=1, kl_coef=0.0)
 CRITIC = dict(advantage="gae", lam=0.95, whiten=0, kl_coef=0.0)  # a perfect one
 GROUPS = dict(advantage="grpo", whiten=0, kl_coef=0.1)
 ONLY_PENALTY = dict(advantage="rloo", whiten=0, kl_coef=1.0)  # scores are a thousandth: J is minus the KL
+LOSS_TEST = "test_algos.py::test_first_step_is_the_policy_gradient"
 PENALTY_TEST = "test_advantage.py::test_an_action_pays_where_the_policy_is_likelier_than_the_reference"
 SAMPLING_TEST = "test_train.py::test_actions_are_sampled_from_the_policy_that_is_trained"
 
@@ -104,8 +106,8 @@ MISTAKES = {
     # Each episode's loss is divided by its own length.
     "episode_means": Mistake(
         [Change(reinforce, "* part.advantages", "* part.advantages / part.mask.sum(1, keepdim=True)")],
-        "test_algos.py::test_first_step_is_the_policy_gradient", RETURNS),
-    # A text that is cut at its maximum length gets the critic's value after its last action.
+        LOSS_TEST, RETURNS),
+    # A text that reaches the last column of its batch gets the critic's value after its end.
     "value_at_the_cut": Mistake(
         [Change(advantage.gae, "torch.zeros_like(adv) if bootstrap is None",
                 "values[:, -1] * mask[:, -1] if True")],
@@ -161,10 +163,10 @@ def made(name):
 # The expected gradient.
 
 class Census:
-    """Every completion of two prompts, and how often each pair of completions of a prompt is sampled.
+    """A batch of pairs of completions, each as often as the policy samples it, in place of a random batch.
 
-    A batch has each pair as often as its probability says, among `pairs` pairs. So it has the gradient that
-    large batches have, up to an error of 0.01, and it goes through the functions of a run.
+    It has the gradient of infinitely large batches, up to an error of 0.01, because the number of pairs is
+    finite. It goes through the functions of a run.
     """
 
     def __init__(self, seed, options, acts=None, pairs=50_000):
@@ -213,7 +215,7 @@ class Census:
         pass
 
     def truth(self):
-        """∇J by autograd; under whitening divided by the standard deviation of the returns."""
+        """∇J by autograd. Whitening divides advantages by a standard deviation, and so does this."""
         logp = self.log_probabilities(self.policy)
         p = logp.sum(1).exp() / 2
         penalty = self.config.kl_coef * (logp - self.ref_logprobs)

@@ -76,7 +76,7 @@ def load_run(run, task, parser):
         parser.error(str(e))
     if critic is None:
         parser.error(f"{run} has no critic: give a run under gae")
-    return (task, policy, reference, tokenizer, replace(config, max_grad_norm=1e9)), critic
+    return (task, policy, reference, tokenizer, config), critic
 
 
 def collect(world, critic, seed):
@@ -135,7 +135,7 @@ def main():
     parser.add_argument("--critic-episodes", type=int, default=8192)
     args = parser.parse_args()
     world, critic = load_run(args.run, args.task, parser)
-    config = replace(world[-1], whiten=0, batch_size=64, group_size=4)
+    config = replace(world[-1], whiten=0, batch_size=64, group_size=4, max_grad_norm=1e9)
     world = (*world[:-1], config)
     trained = train_critic(world, critic, args.critic_episodes)
     found, explained = measure(world, {"the run's critic": critic, "trained critic": trained}, args.batches)

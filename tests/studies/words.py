@@ -6,7 +6,6 @@ token is log π - log π_ref, by which RL has made it more or less likely, in na
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
+from compare import save_small
 from model import BadInput
 from reward import score
 
@@ -77,15 +77,7 @@ def draw(rows, title, path):
     figure.colorbar(colours, ax=axes, location="bottom", shrink=0.5, aspect=50, alpha=0.6,
                     label="log π - log π_ref of a token, nats (□: the end of text)")
     figure.suptitle(title, fontsize=11)
-    save_small(figure, path, dpi=80)
-
-
-def save_small(figure, path, dpi):
-    """Write a picture with a palette of 128 colours, which takes a third of the bytes."""
-    from PIL import Image  # which matplotlib needs, too
-    file = io.BytesIO()
-    figure.savefig(file, dpi=dpi)
-    Image.open(file).convert("RGB").quantize(128).save(path, optimize=True)
+    save_small(figure, path)
 
 
 def main():
