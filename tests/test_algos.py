@@ -29,8 +29,9 @@ from algos import (
 from model import GPT, Critic, GPTConfig
 
 V, B, T = 4, 6, 5
-CONFIG = dict(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1e9, delta=0.01,
-              cg_iters=10, damping=0.1, fisher_fraction=1.0, critic_epochs=1, micro_batch=1024, kl_coef=0.1)
+CONFIG = dict(temperature=1.0, max_grad_norm=1e9, clip=0.2, epochs=1, minibatches=1, target_kl=1e9,
+              delta=0.01, cg_iters=10, damping=0.1, fisher_fraction=1.0, critic_epochs=1, micro_batch=1024,
+              kl_coef=0.1)
 UPDATES = [reinforce, ppo, trpo]
 
 

@@ -79,11 +79,17 @@ def measure(policy, reference, tokenizer, seeds):
         curves[setting] = []
         for seed in range(seeds):
             curves[setting].append([*train_on_penalty(setting, policy, reference, task, tokenizer, seed)])
-        last = [zip(*curve[-5:]) for curve in curves[setting]]
-        kl, entropies, lengths = zip(*([fmean(values) for values in columns] for columns in last))
-        print(f"| {setting} | {' | '.join(cell((*interval(v), 1, 1)) for v in (kl, entropies, lengths))} |",
-              flush=True)
+        print(table_row(setting, curves[setting]), flush=True)
     return curves
+
+
+def table_row(setting, runs):
+    """Means of the last five steps: KL per token and of a text, entropy, length."""
+    rows = []
+    for run in runs:
+        kl, nats, length = (fmean(values) for values in zip(*run[-5:]))
+        rows.append((kl, kl * length, nats, length))
+    return f"| {setting} | {' | '.join(cell((*interval(values), 1, 1)) for values in zip(*rows))} |"
 
 
 def plot(curves, path):
@@ -91,16 +97,16 @@ def plot(curves, path):
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (setting, runs), colour in zip(curves.items(), COLOURS):
-        style = "--" if "top-p" in setting else "-"
-        means = [[fmean(values) for values in zip(*step)] for step in zip(*runs)]  # (KL, entropy, length)
-        left.plot([kl for kl, _, _ in means], style, color=colour, label=setting)
-        right.plot([nats for _, nats, _ in means], style, color=colour)
+        style = dict(color=colour, linestyle="--" if "top-p" in setting else "-", linewidth=1)
+        for i, run in enumerate(runs):
+            left.plot([kl * length for kl, _, length in run], **style, label="" if i else setting)
+            right.plot([nats for _, nats, _ in run], **style)
     left.set_yscale("log")
-    left.set_title("exact KL(π‖π_ref), nats per token", fontsize=11)
+    left.set_title("exact KL(π‖π_ref) of a text, nats", fontsize=11)
     right.set_title("entropy of π, nats per token", fontsize=11)
     for axes in (left, right):
         axes.set_xlabel("steps on the penalty only", fontsize=11)
-    figure.suptitle("Reviews: which penalties bring a policy back to its reference?", fontsize=11)
+    figure.suptitle("Reviews: which penalties bring a policy back to its reference? Three seeds", fontsize=11)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
     save_small(figure, path)
 
@@ -115,7 +121,7 @@ def main():
         policy, reference, tokenizer, _ = load_checkpoint(args.run)
     except BadInput as e:
         parser.error(str(e))
-    print("| penalty | KL | entropy | length |\n|---|---|---|---|")
+    print("| penalty | KL per token | KL of a text | entropy | length |\n|---|---|---|---|---|")
     curves = measure(policy, reference, tokenizer, args.seeds)
     with open(args.out / "kl_estimators.csv", "w", newline="") as file:
         sheet = csv.writer(file, lineterminator="\n")
