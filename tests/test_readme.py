@@ -46,7 +46,7 @@ def test_a_command_names_a_script_and_options_that_exist(command):
 @pytest.mark.slow
 def test_the_commands_run_one_after_another(tmp_path):
     """Those of the shell blocks, with small models; not the installation, and what needs a download."""
-    tiny = {"train.py": TINY, "tests/studies/compare.py": [*TINY, "--seeds", "2", "--iterations", "3"]}
+    tiny = {"train.py": TINY, "tests/studies/compare.py": [*TINY, "--seeds", "2"]}
     done = []
     for script, *arguments in commands(SHELL):
         if script == "tests/examples/gpt2.py" or "runs/gpt2" in arguments:
