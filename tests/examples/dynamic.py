@@ -11,23 +11,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
-from advantage import processes
 from algos import Batch
 
 MAX_DRAWS = 8
 
 
 def collect(task, policy, reference, critic, tokenizer, config, generators):
-    n_groups = config.batch_size // config.group_size // processes()[1]  # of this process
+    n_groups = config.batch_size // config.group_size // train.processes()[1]  # of this process
     useful, uniform, draws = [], [], 0  # groups: (Batch, prompts, completions) each
     while len(useful) < n_groups and draws < MAX_DRAWS:
         draws += 1
-        batch, prompts, completions = train.scored_episodes(
-            task, policy, reference, tokenizer, config, generators)
-        for start in range(0, len(prompts), config.group_size):
+        batch, *texts = train.scored_episodes(task, policy, reference, tokenizer, config, generators)
+        for start in range(0, len(batch.mask), config.group_size):
             rows = slice(start, start + config.group_size)
             groups = useful if len(batch.scores[rows].unique()) > 1 else uniform
-            groups.append((batch.rows(rows), prompts[rows], completions[rows]))
+            groups.append((batch.rows(rows), *(text[rows] for text in texts)))
     batches, prompts, completions = zip(*(useful + uniform)[:n_groups])
     batch = concatenate(batches)
     stats = train.episode_statistics(task, sum(prompts, []), sum(completions, []), batch, config)
