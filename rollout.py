@@ -119,7 +119,7 @@ def sample(policy, prompts, max_new_tokens, eos_token, temperature=1.0, generato
         n_cached = t + 1
 
         # Random numbers belong to a row: its i-th action uses its i-th number.
-        i = (t - start[active]).clamp(0, max_new_tokens - 1)  # any number will do for a row that does not act
+        i = (t - start[active]).clamp(0, max_new_tokens - 1)  # any number for a row that does not act
         choice, logp = choose(logits, uniforms[active, i], temperature, top_k, top_p)
 
         # Prompt tokens are forced: inside its own, longer prompt a row keeps the token that is there.
