@@ -40,8 +40,10 @@ class Task:
     # (prompt, completion) -> what RL maximizes: a number, or a list with one number per action
     reward: Callable[[str, str], float]
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
-    # If the reward is to be learned. Either a list of comparisons (prompt, better, worse), or an annotator: a
-    # function (prompt, first, second) -> the probability that the first of two completions is preferred.
+    # If the reward is to be learned. Either a list of comparisons, such as ("the dog is", " kind.", " loud."):
+    # (prompt, better, worse), some hundred, of at least three prompts. Or an annotator: a function (prompt,
+    # first, second) -> the probability that the first of two completions is preferred, which is asked about
+    # --comparisons pairs of the pretrained policy. A task file's `reward` then becomes the true_reward.
     preferences: Any = None
     true_reward: Callable[[str, str], float] = None  # next to a learned reward: reported, never trained on
     run_episodes: Callable = run_episodes  # how an episode goes: in turns, for example

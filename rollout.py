@@ -181,7 +181,8 @@ def run_episodes(policy, reference, prompts, tokenizer, config, temperature, gen
 
     temperature: of sampling; 0 is greedy. KL and entropy are those at config.temperature.
     Returns a Batch without scores, values, advantages and returns, and the completions, a Text each.
-    A task may have its own `run_episodes`, in which the policy acts in several turns.
+    A task may have its own `run_episodes`, in which the policy acts in several turns, each by `sample`. Its
+    Batch holds whole texts, and the mask is True at the actions of all turns.
     """
     batch = sample(policy, [tokenizer.encode(prompt) for prompt in prompts], config.max_new_tokens,
                    tokenizer.eos_token, temperature, generator)
