@@ -40,8 +40,8 @@ class Task:
     # (prompt, completion) -> what RL maximizes: a number, or a list with one number per action
     reward: Callable[[str, str], float]
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
-    # If the reward is to be learned. Either a list of comparisons, such as ("the dog is", " kind.", " loud."):
-    # (prompt, better, worse), some hundred, of at least three prompts. Or an annotator: a function (prompt,
+    # If the reward is to be learned. Either a list of some hundred comparisons of at least three prompts,
+    # (prompt, better, worse), such as ("the dog is", " kind.", " loud."). Or an annotator: a function (prompt,
     # first, second) -> the probability that the first of two completions is preferred, which is asked about
     # --comparisons pairs of the pretrained policy. A task file's `reward` then becomes the true_reward.
     preferences: Any = None
