@@ -320,26 +320,27 @@ def fisher_vector_product(policy, batch, config, outputs=None):
 
     The KL of a small step s of the weights is ½ sᵀF s: F is the Hessian of the mean KL(π_old‖π) at π = π_old.
     The derivative of the KL with respect to the logits is p - p_old, with p their softmax. It is zero at
-    π_old, and its own derivative is that of the softmax, diag p - p pᵀ. So by the chain rule, with J the
+    π_old, and its own derivative is that of the softmax, diag p - p pᵀ. So by the chain rule, with D the
     derivative of the logits with respect to the weights, the Hessian in one state is
 
-        Jᵀ (diag p - p pᵀ) J + Σ_k (∂KL/∂logit_k) ∇²logit_k = Jᵀ (diag p - p pᵀ) J
+        Dᵀ (diag p - p pᵀ) D + Σ_k (∂KL/∂logit_k) ∇²logit_k = Dᵀ (diag p - p pᵀ) D
 
-    F = E[Jᵀ (diag p - p pᵀ) J] is positive semi-definite, and it needs no second derivative with respect to
+    F = E[Dᵀ (diag p - p pᵀ) D] is positive semi-definite, and it needs no second derivative with respect to
     the weights.
 
     A product takes two backward passes.
-    1. J v. Autograd gives Jᵀu, not J v, but one turns into the other: let f(u) = Jᵀu for u (B, T, A). Then
-       f(u)·v = u·(J v) is linear in u, so its derivative with respect to u is J v, whatever u is; here u = 0.
+    1. D v. Autograd gives Dᵀu, not D v, but one turns into the other: let f(u) = Dᵀu for u (B, T, A). Then
+       f(u)·v = u·(D v) is linear in u, so its derivative with respect to u is D v, whatever u is; here u = 0.
        f(u) is computed once for all products.
-    2. Jᵀ (diag p - p pᵀ) J v: J v is sent back through the softmax, whose derivative is diag p - p pᵀ.
+    2. Dᵀ (diag p - p pᵀ) D v: D v is sent back through the softmax, whose derivative is diag p - p pᵀ,
+       and the network.
 
     outputs: micro-batch -> (z, y), (b, T, K) each. The product is then with E[(∂y/∂θ)ᵀ ∂z/∂θ]. By default
     z are the logits and y their softmax, which gives F. With log π(a|s) as both, (b, T, 1), it is an estimate
     of F from the actions taken, which TRPO's paper calls empirical.
 
     Schulman et al. 2015, appendix C.1; Schraudolph 2002, "Fast Curvature Matrix-Vector Products"; Martens
-    2020, "New Insights and Perspectives on the Natural Gradient Method", section 9; J v by two backward
+    2020, "New Insights and Perspectives on the Natural Gradient Method", section 9; D v by two backward
     passes: Townsend 2017, "A new trick for calculating Jacobian vector products".
     """
     def logits_and_probs(part):
@@ -361,8 +362,8 @@ def fisher_vector_product(policy, batch, config, outputs=None):
     def product(v):
         Fv = torch.zeros_like(v)
         for y, weight, u, f_u in graphs:
-            Jv, = torch.autograd.grad(f_u, u, v, retain_graph=True)  # (b, T, A) = ∂(f(u)·v)/∂u
-            Fv += flatten(torch.autograd.grad(y, params, weight * Jv, retain_graph=True,
+            Dv, = torch.autograd.grad(f_u, u, v, retain_graph=True)  # (b, T, A) = ∂(f(u)·v)/∂u
+            Fv += flatten(torch.autograd.grad(y, params, weight * Dv, retain_graph=True,
                                               materialize_grads=True))
         return all_sum(Fv)
 

@@ -41,7 +41,7 @@ class Task:
     reward: Callable[[str, str], float]
     metric: Callable[[str, str], float]  # (prompt, completion) -> what evaluation reports and RL never sees
     # If the reward is to be learned. Either a list of some hundred comparisons of at least three prompts,
-    # (prompt, better, worse), such as ("the dog is", " kind.", " loud."). Or an annotator: a function (prompt,
+    # (prompt, better, worse), as in ("the dog is", " kind.", " loud."). Or an annotator: a function (prompt,
     # first, second) -> the probability that the first of two completions is preferred, which is asked about
     # --comparisons pairs of the pretrained policy. A task file's `reward` then becomes the true_reward.
     preferences: Any = None
