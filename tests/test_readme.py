@@ -1,4 +1,4 @@
-"""README.md: its commands can be run, and its excerpts look like what the program prints."""
+"""README.md and tests/README.md: commands can be run, and excerpts look like what the program prints."""
 
 import re
 import shlex
@@ -12,10 +12,12 @@ import train
 from helpers import ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EVIDENCE = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SHELL = [body for language, body in FENCED.findall(README) if language == "sh"]
 PRINTED = [body for language, body in FENCED.findall(README) if language == ""]
-SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]*)`", FENCED.sub("", README))]
+SPANS = [" ".join(span.split()) for text in (README, EVIDENCE)
+         for span in re.findall(r"`([^`]*)`", FENCED.sub("", text))]
 
 
 def commands(texts):
@@ -30,7 +32,10 @@ def commands(texts):
     return found
 
 
-@pytest.mark.parametrize("command", commands(SHELL + SPANS), ids=" ".join)
+EVERYWHERE = [*SHELL, *SPANS, *(body for _, body in FENCED.findall(EVIDENCE))]
+
+
+@pytest.mark.parametrize("command", commands(EVERYWHERE), ids=" ".join)
 def test_a_command_names_a_script_and_options_that_exist(command):
     script, *arguments = command
     if script.startswith("PATH/"):
