@@ -14,11 +14,15 @@ import compare
 import mistakes
 import train
 import tuning
+from algos import Batch, mean_kl
 from damping import mean_eigenvalue
 from helpers import ROOT, TINY
 from mistakes import Census
+from model import GPT, GPTConfig
+from natural import moved, scale_to_kl, weights
 from reward import Task, Text, accuracy
 from variance import Moments
+from words import COLUMNS, START, lay_out
 
 # variance.py
 
@@ -183,4 +187,40 @@ def test_a_test_fails_with_each_mistake(name):
     result = subprocess.run([sys.executable, "-c", code, "-x", "-q", "-p", "no:cacheprovider", test],
                             cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "AssertionError" in result.stdout, result.stdout[-2000:]
-    # Without the mistake it passes: the default run has it.
+
+
+# kl_estimators.py, natural.py, trust_region.py and words.py
+
+@pytest.mark.slow
+def test_the_studies_of_a_run_print_their_tables_and_draw_pictures(tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install matplotlib")
+    assert train.main([*TINY, "--out", str(tmp_path), "--name", "run"]) is None
+    run = str(tmp_path / "run")
+    for name, options, row in [("kl_estimators", ["--seeds", "1"], "| exact KL in the loss | "),
+                               ("natural", ["--batches", "2"], "| TRPO, iterations of CG: 10 | "),
+                               ("trust_region", ["--batches", "1"], "| largest KL | "),
+                               ("words", [], "iterations  score    KL  length")]:
+        out = tmp_path / (f"{name}.png" if name == "words" else "")
+        result = subprocess.run([sys.executable, ROOT / "tests" / "studies" / f"{name}.py", run, *options,
+                                 "--out", out], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert row in result.stdout
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_change_is_scaled_to_a_kl():
+    policy = GPT(GPTConfig(11, 8, 1, 2, 8), torch.Generator().manual_seed(0))
+    tokens = torch.randint(11, (64, 7), generator=torch.Generator().manual_seed(1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(64, 6, dtype=torch.bool))
+    config = SimpleNamespace(temperature=1.0, micro_batch=10 ** 4)
+    change = torch.randn(len(weights(policy)), generator=torch.Generator().manual_seed(2))
+    scaled = scale_to_kl(policy, change, 0.02, batch, config)
+    assert torch.cosine_similarity(scaled, change, dim=0).item() == pytest.approx(1, abs=1e-5)
+    assert mean_kl(policy, moved(policy, scaled), batch, config) == pytest.approx(0.02, rel=0.05)
+
+
+def test_lines_of_words_break_between_tokens():
+    completion = Text("", tokens=[" word"] * 20 + ["<|endoftext|>"])
+    lines = lay_out("the prompt", completion, [0.5] * 21)
+    assert [sum(len(text) for text, _ in line) <= COLUMNS - START for line in lines] == [True, True]
+    assert "".join(text for line in lines for text, _ in line) == "the prompt" + " word" * 20 + " □"

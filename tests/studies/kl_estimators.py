@@ -117,6 +117,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
         policy, reference, tokenizer, _ = load_checkpoint(args.run)
     except BadInput as e:

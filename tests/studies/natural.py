@@ -94,7 +94,7 @@ def adam_for(policy, algorithm, batches, config, lr):
 def updates(world, critic, seed):
     """{name: Δ (n,)} of updates that use the same batch."""
     policy = world[1]
-    config = replace(world[-1], target_kl=1000)  # or PPO would end before its last step
+    config = replace(world[-1], epochs=4, minibatches=4, target_kl=1000)  # 16 steps of PPO, to the last
     batch = collect(world, critic, seed)
     others = [collect(world, critic, 1000 + 20 * seed + i) for i in range(20)]
     start = weights(policy)
@@ -183,6 +183,7 @@ def main():
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     world, critic = load_run(args.run, args.task, parser)
     rows = measure(world, critic, args.batches)
     columns = [*next(iter(rows.values()))[0]]

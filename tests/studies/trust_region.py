@@ -94,6 +94,7 @@ def main():
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     world, critic = load_run(args.run, args.task, parser)
     policy, config = world[1], world[-1]
     rows = {}
