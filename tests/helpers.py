@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import csv
+import re
 from pathlib import Path
 
 import torch
@@ -20,6 +21,15 @@ def reward(prompt, completion):
     return len(completion) / 10
 """
 SMALL = "--block-size 24 --max-new-tokens 12 --vocab-size 270".split()
+
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)  # a block of Markdown: its language and its text
+
+
+def blocks_of_readme(language):
+    """The blocks of README.md in a language, "" for those without one."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [body for name, body in FENCED.findall(readme) if name == language]
 
 
 def task_file(folder, source=TASK, name="mine.py"):

@@ -16,7 +16,7 @@ import torch
 
 import train
 from algos import Batch, action_log_probs
-from helpers import ROOT, SMALL, TINY, rows, task_file
+from helpers import ROOT, SMALL, TINY, blocks_of_readme, rows, task_file
 from model import GPT, GPTConfig, Tokenizer
 from reward import Text, load_task
 
@@ -340,11 +340,6 @@ def policy_of_reviews(tmp_path_factory):
     out = tmp_path_factory.mktemp("reviews")
     assert train.main([*TINY, "--iterations", "0", "--out", str(out), "--name", "base"]) is None
     return out / "base"
-
-
-def blocks_of_readme(language):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", readme, re.M | re.S)
 
 
 def test_readme_shows_the_loop_of_the_whole_idea():

@@ -9,13 +9,12 @@ from dataclasses import fields
 import pytest
 
 import train
-from helpers import ROOT, TINY
+from helpers import FENCED, ROOT, TINY, blocks_of_readme
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EVIDENCE = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-SHELL = [body for language, body in FENCED.findall(README) if language == "sh"]
-PRINTED = [body for language, body in FENCED.findall(README) if language == ""]
+SHELL = blocks_of_readme("sh")
+PRINTED = blocks_of_readme("")
 SPANS = [" ".join(span.split()) for text in (README, EVIDENCE)
          for span in re.findall(r"`([^`]*)`", FENCED.sub("", text))]
 

@@ -19,9 +19,9 @@ from damping import mean_eigenvalue
 from helpers import ROOT, TINY
 from mistakes import Census
 from model import GPT, GPTConfig
-from natural import moved, scale_to_kl, weights
+from natural import scale_to_kl, weights
 from reward import Task, Text, accuracy
-from variance import Moments
+from variance import Moments, moved
 from words import COLUMNS, START, lay_out
 
 # variance.py

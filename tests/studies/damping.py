@@ -8,27 +8,16 @@ of F.
 """
 
 import argparse
-import copy
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train
-from algos import (
-    conjugate_gradient,
-    fisher_vector_product,
-    flatten,
-    mean_kl,
-    reinforce,
-    trainable,
-    unflatten,
-)
-from variance import load_run
+from algos import conjugate_gradient, fisher_vector_product, mean_kl
+from variance import collect, load_run, moved, policy_gradient
 
 
 def mean_eigenvalue(fisher, n, probes=10):
@@ -45,12 +34,10 @@ def main():
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 1.0])
     parser.add_argument("--dampings", type=float, nargs="+", default=[0.001, 0.01, 0.1, 1.0])
     args = parser.parse_args()
-    (task, policy, reference, tokenizer, config), critic = load_run(args.run, args.task, parser)
-    config = replace(config, max_grad_norm=1e9)
-    generators = train.random_generators(0, 10 ** 6, "cpu")
-    batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
-    reinforce(policy, batch, torch.optim.SGD(policy.parameters(), 0.0), config)
-    g = -flatten([p.grad for p in trainable(policy)])
+    world, critic = load_run(args.run, args.task, parser)
+    policy, config = world[1], world[-1]
+    batch = collect(world, critic, seed=0)
+    g = policy_gradient(policy, batch, config)
     whole = fisher_vector_product(policy, batch, config)
     eigenvalue = mean_eigenvalue(whole, len(g))
     print(f"{args.run}: δ = {config.delta}, mean eigenvalue of F {eigenvalue:.2e}")
@@ -63,14 +50,11 @@ def main():
             x, r = conjugate_gradient(lambda v: part(v) + damping * v, g, config.cg_iters)
             xFx = x @ (g - r)
             s = (2 * config.delta / xFx).sqrt() * x
-            moved = copy.deepcopy(policy)
-            with torch.no_grad():
-                for p, change in zip(trainable(moved), unflatten(s, trainable(moved))):
-                    p += change
+            kl = mean_kl(policy, moved(policy, s), batch, config)
             cosine = torch.cosine_similarity(s, g, dim=0).item()
             print(f"{fraction:8} {damping:8} {(s @ whole(s) / 2).item():8.4f} "
-                  f"{mean_kl(policy, moved, batch, config):9.4f} {(damping * x @ x / xFx).item():16.2f} "
-                  f"{cosine:14.2f} {damping / eigenvalue:19.0f}", flush=True)
+                  f"{kl:9.4f} {(damping * x @ x / xFx).item():16.2f} {cosine:14.2f} "
+                  f"{damping / eigenvalue:19.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ import rollout
 import train
 from advantage import discounted_returns, token_rewards
 from algos import Batch, action_log_probs, fit_critic, flatten, mean_kl, reinforce
+from helpers import on_last_action
 from model import GPT, Critic
 from rollout import top_k_top_p
 from test_policy_gradient import EOS, SIZES, T, completions, perturbed, rand
-from variance import load_run
+from variance import collect, load_run, policy_gradient
 
 
 @dataclass
@@ -173,7 +174,7 @@ class Census:
         self.policy, reference = (
             perturbed(GPT(replace(SIZES, block_size=T + 2), torch.Generator().manual_seed(s)), s).float()
             for s in (seed, seed + 1))
-        self.config = train.Config(group_size=2, micro_batch=10 ** 9, max_grad_norm=1e9, gamma=1.0, **options)
+        self.config = train.Config(group_size=2, micro_batch=10 ** 9, gamma=1.0, **options)
         texts = completions()
         tokens = torch.tensor([[*prompt, *text, *[EOS] * (T - len(text))]
                                for prompt in ([0, 1], [1, 0]) for text in texts])  # (N, T+2)
@@ -186,6 +187,7 @@ class Census:
         self.scores = rand(len(tokens), seed=seed).float()
         if options is ONLY_PENALTY:
             self.scores *= 1e-3
+        self.placed_scores = on_last_action(self.scores, self.mask)  # (N, T+1)
 
         with torch.no_grad():
             q = self.log_probabilities(self.policy, acts).sum(1).exp().view(2, -1)  # of each prompt's texts
@@ -222,26 +224,21 @@ class Census:
         J = p @ (self.scores - penalty.sum(1))
         gradient = flatten(torch.autograd.grad(J, list(self.policy.parameters())))
         if self.config.whiten:
-            on_last = torch.zeros_like(logp)
-            on_last[torch.arange(len(p)), self.mask.sum(1)] = self.scores
-            returns = discounted_returns((on_last - penalty).detach(), self.mask, 1.0)
+            returns = discounted_returns((self.placed_scores - penalty).detach(), self.mask, 1.0)
             gradient /= returns[self.rows][self.mask[self.rows]].std()
         return gradient
 
     def gradient(self):
         """The gradient that a run finds, as the sum over the actions of an episode."""
         mask = self.mask[self.rows]
-        scores = torch.zeros(mask.shape)
-        scores[torch.arange(len(mask)), mask.sum(1)] = self.scores[self.rows].float()
+        scores = self.placed_scores[self.rows]
         logprobs = self.log_probabilities(self.policy).detach()[self.rows]
         ref_logprobs = self.ref_logprobs[self.rows]
         batch = Batch(self.obs[self.rows], self.actions[self.rows], mask, logprobs, scores=scores.sum(1),
                       ref_logprobs=ref_logprobs)
         batch.rewards = token_rewards(scores, mask, logprobs, ref_logprobs, self.config.kl_coef)
         train.add_advantages(batch, self if self.config.advantage == "gae" else None, self.config)
-        still = torch.optim.SGD(self.policy.parameters(), lr=0.0)
-        reinforce(self.policy, batch, still, self.config)
-        return -flatten([p.grad for p in self.policy.parameters()]) * batch.mask.sum() / len(mask)
+        return policy_gradient(self.policy, batch, self.config) * batch.mask.sum() / len(mask)
 
 
 def bias():
@@ -272,15 +269,16 @@ def describe(options):
 
 def trunk(run):
     """Print how far one training of the critic moves the policy if both have the same trunk."""
-    (task, policy, reference, tokenizer, config), _ = load_run(run, None, argparse.ArgumentParser())
-    generators = train.random_generators(0, 10 ** 6, "cpu")
+    world, _ = load_run(run, None, argparse.ArgumentParser())
+    policy, config = world[1], world[-1]
     critic = Critic(policy.config)
     critic.transformer = policy.transformer
-    batch, _ = train.collect(task, policy, reference, critic, tokenizer, config, generators)
+    batch = collect(world, critic, seed=0)
+    generator = train.random_generators(0, 10 ** 6, "cpu")["update"]
     old = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr)
     for epoch in range(1, config.critic_epochs + 1):
-        fit_critic(critic, batch, optimizer, replace(config, critic_epochs=1), generators["update"])
+        fit_critic(critic, batch, optimizer, replace(config, critic_epochs=1), generator)
         print(f"epochs of the critic: {epoch}   KL(old policy || policy): "
               f"{mean_kl(old, policy, batch, config):.4f} nats per token")
 

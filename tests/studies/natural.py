@@ -26,7 +26,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train
 from advantage import masked_mean
 from algos import (
     action_log_probs,
@@ -40,10 +39,9 @@ from algos import (
     reinforce,
     trainable,
     trpo,
-    unflatten,
 )
-from compare import COLOURS, cell, interval, save_small
-from variance import load_run
+from compare import COLOURS, interval, markdown, save_small
+from variance import collect, load_run, moved, policy_gradient
 
 CG_ITERS = (1, 3, 10, 30)
 PPO_STEPS = (1, 2, 4, 8, 16)
@@ -51,26 +49,8 @@ DAMPING = 0.01
 TARGET = 0.005  # the KL to which each update is scaled
 
 
-def collect(world, critic, seed, **options):
-    """A Batch of the world's policy. world: (task, policy, reference, tokenizer, config)."""
-    task, policy, reference, tokenizer, config = world
-    config = replace(config, **options)
-    generators = train.random_generators(seed, 10 ** 6, "cpu")
-    return train.collect(task, policy, reference, critic, tokenizer, config, generators)[0]
-
-
 def weights(policy):
     return flatten(trainable(policy)).detach().clone()
-
-
-@torch.no_grad()
-def moved(policy, change):
-    """A copy of the policy with this change (n,) of its weights."""
-    policy = copy.deepcopy(policy)
-    params = trainable(policy)
-    for p, piece in zip(params, unflatten(change, params)):
-        p += piece
-    return policy
 
 
 def scale_to_kl(policy, change, kl, batch, config):
@@ -137,9 +117,7 @@ def measure(world, critic, batches):
     """{update: [{column: number} for each batch]}."""
     policy, config = world[1], world[-1]
     judge = collect(world, None, 12345, batch_size=1024, advantage="rloo", whiten=0)
-    still = copy.deepcopy(policy)
-    reinforce(still, judge, torch.optim.SGD(still.parameters(), 0.0), replace(config, max_grad_norm=1e9))
-    g = -flatten([p.grad for p in trainable(still)])
+    g = policy_gradient(policy, judge, config)
     fisher = fisher_vector_product(policy, judge, config)
     x, r = conjugate_gradient(lambda v: fisher(v) + DAMPING * v, g, iters=200, tol=1e-6)
     print(f"(F + {DAMPING} I) x = g: |r| / |g| = {(r.norm() / g.norm()).item():.4f}", flush=True)
@@ -186,11 +164,11 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     world, critic = load_run(args.run, args.task, parser)
     rows = measure(world, critic, args.batches)
-    columns = [*next(iter(rows.values()))[0]]
-    print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    table = []
     for name, found in rows.items():
-        cells = [cell((*interval([row[column] for row in found]), 1, 1)) for column in columns]
-        print(f"| {name} | {' | '.join(cells)} |")
+        means = {column: (*interval([row[column] for row in found]), 1, 1) for column in found[0]}
+        table.append({"": name} | means)
+    print(markdown(table))
     try:
         plot(rows, args.out / "natural.png")
     except ImportError:

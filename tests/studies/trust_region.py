@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from algos import action_log_probs, kl_divergence, log_probs, map_micro_batches, mean_kl, ppo, trpo
 from compare import save_small
-from natural import adam_for, collect, moved, scale_to_kl, weights
-from variance import load_run
+from natural import adam_for, scale_to_kl, weights
+from variance import collect, load_run, moved
 
 BINS = (0, 0.01, 0.1, 0.5, 1.0001)  # of π_old(a|s)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 from advantage import ADVANTAGES, mean_and_variance, whiten
-from algos import fit_critic, flatten, map_micro_batches, reinforce
+from algos import fit_critic, flatten, map_micro_batches, reinforce, trainable, unflatten
 from model import BadInput
 
 CRITIC_FREE = {
@@ -79,11 +79,29 @@ def load_run(run, task, parser):
     return (task, policy, reference, tokenizer, config), critic
 
 
-def collect(world, critic, seed):
-    """A Batch of the world's policy with its values by this critic."""
+def collect(world, critic, seed, iteration=10 ** 6, **options):
+    """A Batch of the world's policy with its values by this critic. options: of the config, to be changed."""
     task, policy, reference, tokenizer, config = world
-    generators = train.random_generators(seed, 0, "cpu")
+    config = replace(config, **options)
+    generators = train.random_generators(seed, iteration, "cpu")
     return train.collect(task, policy, reference, critic, tokenizer, config, generators)[0]
+
+
+def policy_gradient(policy, batch, config):
+    """The policy gradient (n,) of a Batch by REINFORCE, not clipped. Nothing moves."""
+    still = torch.optim.SGD(policy.parameters(), lr=0.0)
+    reinforce(policy, batch, still, replace(config, max_grad_norm=1e9))
+    return -flatten([p.grad for p in trainable(policy)])
+
+
+@torch.no_grad()
+def moved(policy, change):
+    """A copy of the policy with this change (n,) of its weights."""
+    policy = copy.deepcopy(policy)
+    params = trainable(policy)
+    for p, piece in zip(params, unflatten(change, params)):
+        p += piece
+    return policy
 
 
 def train_critic(world, critic, episodes):
@@ -92,7 +110,7 @@ def train_critic(world, critic, episodes):
     config = replace(world[-1], batch_size=256, critic_epochs=4)
     optimizer = torch.optim.Adam(critic.parameters(), config.critic_lr)
     for i in range(episodes // config.batch_size):
-        batch = collect((*world[:-1], config), critic, 10 ** 6 + i)
+        batch = collect((*world[:-1], config), critic, 10 ** 6 + i, iteration=0)
         fit_critic(critic, batch, optimizer, config, torch.Generator().manual_seed(i))
     return critic
 
@@ -100,7 +118,6 @@ def train_critic(world, critic, episodes):
 def measure(world, critics, batches):
     """{estimator: Moments} and {critic: R²}. critics: {name: Critic}."""
     _, policy, _, _, config = world
-    still = torch.optim.SGD(policy.parameters(), lr=0.0)
     n = sum(p.numel() for p in policy.parameters())
     found = {}
     explained = {name: [] for name in critics}
@@ -110,11 +127,10 @@ def measure(world, critics, batches):
         estimator = ADVANTAGES[chosen.advantage]
         advantages, _ = estimator(batch.rewards, batch.scores, batch.values, batch.mask, chosen)
         batch.advantages = whiten(advantages, batch.mask) if chosen.whiten else advantages
-        reinforce(policy, batch, still, chosen)
-        found.setdefault(name, Moments(n)).add(flatten([p.grad for p in policy.parameters()]))
+        found.setdefault(name, Moments(n)).add(policy_gradient(policy, batch, chosen))
 
     for seed in range(batches):
-        batch = collect(world, None, seed)
+        batch = collect(world, None, seed, iteration=0)
         for name, choice in CRITIC_FREE.items():
             add(name, batch, choice)
         for name, critic in critics.items():
