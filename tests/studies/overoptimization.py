@@ -25,7 +25,7 @@ from model import load_checkpoint
 from reward import load_task, score, use_reward_model
 from rollout import complete
 
-ALGOS = {"reinforce": 80, "trpo": 40, "ppo": 40}  # iterations
+ALGOS = ("reinforce", "trpo", "ppo")
 COEFFICIENTS = (0, 0.01, 0.03, 0.1, 0.3)
 COMPARISONS = (250, 1000, 4000, 16000)
 N = (1, 4, 16, 64, 256)
@@ -38,7 +38,7 @@ def name(algo, kl_coef, comparisons, seed):
 def options(algo, kl_coef, comparisons, seed, out):
     """The command line of a run."""
     return (f"--task preferences --algo {algo} --kl-coef {kl_coef} --comparisons {comparisons} "
-            f"--iterations {ALGOS[algo]} --seed {seed} --eval-episodes 300 --threads 1 --out {out} "
+            f"--seed {seed} --eval-episodes 300 --threads 1 --out {out} "
             f"--name {name(algo, kl_coef, comparisons, seed)}").split()
 
 
