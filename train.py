@@ -1186,7 +1186,7 @@ def main(argv=None, collect=collect, schedule=None, log=None):
 
     collect: replaces `train.collect`. Its columns may have `episodes`, the number that it sampled.
     schedule: iteration, from 1 -> {option: value} for that iteration, see SCHEDULED. It must depend on
-    nothing else, because a resumed run repeats iterations.
+    nothing else, because a resumed run repeats iterations. Its values win over the command line.
     log: (directory of the run, "metrics" or "eval", row) -> None, called with each row, a dict, that is added
     to metrics.csv or eval.csv, in the first of several processes. A resumed run repeats rows.
     """

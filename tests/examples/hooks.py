@@ -23,7 +23,8 @@ def average(policy, batch, optimizer, config, generator=None):
     totals = batch.rewards.sum(1)  # (B,) score plus KL penalty
     mean = batch_mean(totals).item()
     baseline = optimizer.state.get("baseline", mean)
-    # Saved and restored with the run. A value is a tensor, a Python number, or a list or dict of these.
+    # Saved and restored with the run. A value is a tensor, a Python number, or a list or dict of these. A
+    # tensor comes back on the CPU.
     optimizer.state["baseline"] = 0.9 * baseline + 0.1 * mean
     advantages = (totals - baseline)[:, None] * batch.mask  # (B, T)
     stats = reinforce(policy, replace(batch, advantages=advantages), optimizer, config)

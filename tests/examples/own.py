@@ -1,6 +1,8 @@
-"""An estimator, an algorithm and an option of one's own.
+"""A custom estimator, algorithm and option.
 
-`python tests/examples/own.py --algo awr --advantage mean --max-weight 10`.
+`python tests/examples/own.py --algo awr --advantage mean --max-weight 10`. Resume and evaluate its runs with
+this script, too. `train.DEFAULTS["awr"] = dict(lr=5e-4)` would give the algorithm a default of its own, over
+which those of a task win.
 """
 import sys
 from dataclasses import dataclass
@@ -19,7 +21,10 @@ class Config(train.Config):
 
 
 def less_the_mean(rewards, scores, values, mask, config):
-    """Every action gets its episode's score and KL penalty, minus their mean over the batch."""
+    """Every action gets its episode's score and KL penalty, minus their mean over the batch.
+
+    rewards, values, mask: (B, T).  scores: (B,).  The completions of a prompt are rows side by side.
+    """
     totals = (rewards * mask).sum(1)  # (B,)
     advantages = (totals - batch_mean(totals))[:, None] * mask  # (B, T)
     return advantages, totals[:, None] * mask  # the second are the critic's targets
