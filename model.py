@@ -4,8 +4,8 @@ Small pieces come first: attention, the MLP, the block, the trunk. Then follow t
 Critic, the tokenizer that turns text into tokens, and the checkpoint that holds all of them. This file
 imports nothing else of this project, so it can be copied on its own.
 
-This file leaves out dropout (pretraining makes few passes over the corpus), mixed precision (nothing here is
-large), and the files of other programs (tests/examples/gpt2.py converts GPT-2's).
+This file leaves out dropout (pretraining takes few epochs), mixed precision (nothing here is large), and the
+files of other programs (tests/examples/gpt2.py converts GPT-2's).
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 

@@ -340,7 +340,7 @@ def fit_reward(model, batch, validation, test, optimizer, config, generator=None
     def loss(part):
         return -F.logsigmoid(margin(part))
 
-    def figures(comparisons):
+    def loss_and_accuracy(comparisons):
         margins = map_micro_batches(margin, comparisons, config)  # (N, 1)
         return {"loss": batch_mean(-F.logsigmoid(margins)).item(),
                 "accuracy": batch_mean(0.5 + 0.5 * margins.sign()).item()}  # a tie is half right
@@ -351,13 +351,13 @@ def fit_reward(model, batch, validation, test, optimizer, config, generator=None
         for minibatch in minibatches(batch, 1, steps_per_epoch, generator):
             mean_gradient(model, loss, minibatch, config, config.max_grad_norm)
             optimizer.step()
-        loss_now = figures(validation)["loss"]
+        loss_now = loss_and_accuracy(validation)["loss"]
         check_finite({"loss of the reward model": loss_now})
         if loss_now < best:
             best = loss_now
             weights = copy.deepcopy(model.state_dict())
     model.load_state_dict(weights)
-    return figures(test)
+    return loss_and_accuracy(test)
 
 
 def standardize(model, rewards):

@@ -315,8 +315,8 @@ def train(config, resume=False, collect=collect, schedule=None, log=None):
         run.log_iteration(row)
         print_iteration(run.history, config.iterations, warned)
         if config.eval_every and iteration % config.eval_every == 0 and iteration < config.iterations:
-            figures, _ = run.evaluate_and_log(iteration)
-            print_figures(task, {f"after {iteration}": figures})
+            results, _ = run.evaluate_and_log(iteration)
+            print_results(task, {f"after {iteration}": results})
             print_best(run.evaluations)
         if iteration % config.save_every == 0:
             run.save()
@@ -383,9 +383,9 @@ class Run:
             self.save(f"checkpoint-{iteration}.pt")
         return evaluation
 
-    def log_evaluation(self, iteration, figures, samples):
+    def log_evaluation(self, iteration, results, samples):
         """Write eval.csv and samples-ITERATION.jsonl."""
-        self.evaluations[iteration] = {"iteration": iteration, **figures}
+        self.evaluations[iteration] = {"iteration": iteration, **results}
         write_table(self.path / "eval.csv", [*self.evaluations.values()])
         if self.log:
             self.log(self.path, "eval", dict(self.evaluations[iteration]))
@@ -511,8 +511,8 @@ def prepare(config, resume, log, custom):
 def evaluate(task, policy, reference, tokenizer, config):
     """Complete held-out prompts, sampled and greedily, with the same random numbers at every call.
 
-    Returns (figures, samples). samples: a dict of prompt, completion, reward and metric for each sampled
-    completion. figures, means over the sampled completions if nothing else is said:
+    Returns (results, samples). samples: a dict of prompt, completion, reward and metric for each sampled
+    completion. results: means over the sampled completions, unless this list says otherwise:
     reward, metric, length, ended, and true_reward if the task has one; greedy, the metric of a greedy
     completion of each prompt; kl and entropy, means over actions; objective; distinct_1 and distinct_2, the
     diversity of the completions; pass_4 and pass_16, see `pass_at_k`, if all rewards are 0 or 1 and each
@@ -535,24 +535,24 @@ def evaluate(task, policy, reference, tokenizer, config):
     def ci(values):
         return half_width([fmean(values[i::n]) for i in range(n)])  # prompt i has rows i, i + n, …
 
-    figures = {name: fmean(values) for name, values in numbers.items()}
-    figures |= {f"{name}_ci": ci(values) for name, values in numbers.items()}
+    results = {name: fmean(values) for name, values in numbers.items()}
+    results |= {f"{name}_ci": ci(values) for name, values in numbers.items()}
     if {*numbers["reward"]} <= {0, 1}:  # pass@1 is the reward
         for k in (4, 16):
             if len(prompts) >= k * n:
                 solved = [pass_at_k(numbers["reward"][i::n], k) for i in range(n)]
-                figures |= {f"pass_{k}": fmean(solved), f"pass_{k}_ci": half_width(solved)}
-    figures["greedy"] = fmean(score(task.metric, task.heldout, greedy))
+                results |= {f"pass_{k}": fmean(solved), f"pass_{k}_ci": half_width(solved)}
+    results["greedy"] = fmean(score(task.metric, task.heldout, greedy))
     length = fmean(text.length for text in texts)
     kl = fmean(text.kl for text in texts) / length  # per action
-    figures |= {"kl": kl, "kl_ci": ci([text.kl - kl * text.length for text in texts]) / length,
+    results |= {"kl": kl, "kl_ci": ci([text.kl - kl * text.length for text in texts]) / length,
                 "entropy": fmean(text.entropy for text in texts) / length,
                 "distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2),
                 "length": length, "ended": fmean(text.ended for text in texts)}
-    figures["objective"] = objective(figures, config)
+    results["objective"] = objective(results, config)
     samples = [{"prompt": prompt, "completion": text, **dict(zip(numbers, values))}
                for prompt, text, *values in zip(prompts, texts, *numbers.values())]
-    return figures, samples
+    return results, samples
 
 
 def pass_at_k(rewards, k):
@@ -582,14 +582,14 @@ def metric_name(task):
     return getattr(task.metric, "__name__", "metric").replace("<lambda>", "metric")
 
 
-def with_interval(figures, name):
-    """The text of a figure, such as 0.978 ± 0.008."""
-    ci = figures.get(f"{name}_ci", math.nan)
-    return f"{figures[name]:.3f}" if math.isnan(ci) else f"{figures[name]:.3f} ± {ci:.3f}"
+def with_interval(results, name):
+    """The text of a number, such as 0.978 ± 0.008."""
+    ci = results.get(f"{name}_ci", math.nan)
+    return f"{results[name]:.3f}" if math.isnan(ci) else f"{results[name]:.3f} ± {ci:.3f}"
 
 
-def print_figures(task, columns):
-    """Print the figures of `evaluate`. columns: {title: figures}."""
+def print_results(task, columns):
+    """Print the results of `evaluate`. columns: {title: results}."""
     metric = metric_name(task)
     labels = {"reward": "reward", "true_reward": "true reward", "pass_4": "pass@4", "pass_16": "pass@16",
               "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats",
@@ -600,8 +600,8 @@ def print_figures(task, columns):
         del labels["metric"]
     print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>16}" for title in columns))
     for name, label in labels.items():
-        if all(name in figures for figures in columns.values()):
-            cells = [with_interval(figures, name) for figures in columns.values()]
+        if all(name in results for results in columns.values()):
+            cells = [with_interval(results, name) for results in columns.values()]
             print(f"{label:25}" + "".join(f"{cell:>16}" for cell in cells))
 
 
@@ -686,12 +686,12 @@ def load_or_pretrain(config, task, device):
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
     learned, held_out = hold_out_rows(to_rows(texts, config.block_size), generator, config)
     maximize_likelihood(policy, learned, config, generator)
-    figures = {"bits_per_byte": bits_per_byte(policy, held_out, tokenizer, config),
+    results = {"bits_per_byte": bits_per_byte(policy, held_out, tokenizer, config),
                "seconds": time.perf_counter() - start}
-    check_finite(figures | {"sum of the weights": sum_of_weights(policy, None)})
-    save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=figures)
-    print(f"pretrained weights to {path}: {figures['bits_per_byte']:.3f} bits per held-out byte")
-    return policy, tokenizer, figures
+    check_finite(results | {"sum of the weights": sum_of_weights(policy, None)})
+    save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=results)
+    print(f"pretrained weights to {path}: {results['bits_per_byte']:.3f} bits per held-out byte")
+    return policy, tokenizer, results
 
 
 def pretraining_key(config, task, policy, device):
@@ -911,14 +911,14 @@ def provenance(run):
 
 
 def report(run, before, after):
-    """Write result.json, and print what RL changed. before, after: (figures, samples) of `evaluate`."""
+    """Write result.json, and print what RL changed. before, after: (results, samples) of `evaluate`."""
     seconds = sum(row["seconds"] for row in run.history)
     write_json(run.path / "result.json", {
         "metric": metric_name(run.task), "before": before[0], "after": after[0], "seconds": seconds,
         "pretraining": run.pretraining, **provenance(run)})
     for old, new in list(zip(before[1], after[1]))[:6]:
         print(f"\nbefore  {old['prompt']}{old['completion']}\nafter   {new['prompt']}{new['completion']}")
-    print_figures(run.task, {"before": before[0], "after": after[0]})
+    print_results(run.task, {"before": before[0], "after": after[0]})
     if run.config.eval_every:
         print_best(run.evaluations)
     print(f"pretraining {run.pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run.path}")
@@ -1024,7 +1024,7 @@ def parse(argv):
     """(Config, args) of a command line. Bad options exit with status 2.
 
     `given` are the options on the command line. All others have the values of the run that is resumed or
-    evaluated; of a new run, those of DEFAULTS, or else of Config.
+    evaluated; of a new run, those of DEFAULTS, otherwise of Config.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -1158,11 +1158,11 @@ def load_run(config):
 
 
 def evaluate_again(config):
-    """--eval: evaluate a run, and print its first samples and its figures."""
+    """--eval: evaluate a run, and print its first samples and its results."""
     task, policy, reference, _, tokenizer = load_run(config)
-    figures, samples = evaluate(task, policy, reference, tokenizer, config)
+    results, samples = evaluate(task, policy, reference, tokenizer, config)
     print(*(sample["prompt"] + sample["completion"] for sample in samples[:6]), sep="\n")
-    print_figures(task, {"after": figures})
+    print_results(task, {"after": results})
 
 
 def explain(config):

@@ -19,7 +19,7 @@ from advantage import (
 )
 from helpers import on_last_action
 
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1],  # actions alone
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1],  # only actions
                      [0, 0, 1, 1, 1, 1],  # after a prompt
                      [1, 1, 1, 0, 0, 0],  # before padding
                      [0, 1, 1, 1, 0, 0],  # between the two

@@ -431,7 +431,7 @@ def test_ppo_ends_once_the_kl_exceeds_its_target(policy):
 def test_ppo_ends_by_the_kl_from_the_old_policy_to_the_new_one(before, after, kl, steps):
     """Of two actions: KL(old‖new) is above the target of 1 and KL(new‖old) below it, and the reverse.
 
-    Each action occurs as often as it is likely, so that the estimate is exact.
+    Each action occurs as often as it is likely, so the estimate is exact.
     """
     log_odds = lambda p: math.log(p / (1 - p))
     policy = Table(torch.tensor([[log_odds(before), 0.0]], dtype=torch.float64))

@@ -59,7 +59,7 @@ def read(run):
 
 
 def make_run(path, rewards, after, algo="trpo", columns=None, **options):
-    """A finished run with these rewards by iteration, more columns of metrics.csv, and all figures equal."""
+    """A finished run with these rewards by iteration, more columns of metrics.csv, and all numbers equal."""
     names = ("reward", "metric", "greedy", "kl", "entropy", "length")
     path.mkdir()
     config = {**vars(train.Config()), "algo": algo, "seed": int(path.name.rpartition("-")[2]),

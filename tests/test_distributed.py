@@ -42,7 +42,7 @@ PARTS = dict(minibatches=2, fisher_fraction=0.4)
 
 
 def micro_batch():
-    """The truth takes all cells at once; of several processes each takes another number."""
+    """One process takes all cells at once. Of several processes each takes another number of them."""
     rank, count = processes()
     return 10 ** 6 if count == 1 else 7 + 13 * rank
 
@@ -121,7 +121,7 @@ def pretraining_result():
 
 
 def reward_model_result():
-    """What a step of a reward model's fit adds to the weights, on comparisons of texts of several lengths."""
+    """What a step of a reward model's training adds to the weights. The texts have several lengths."""
     model = Critic(SIZES, make_policy()).double()
     torch.nn.init.ones_(model.value_head.weight)
     before, (rank, count) = flatten(model.parameters()).detach(), processes()
@@ -165,7 +165,7 @@ def check_ranks(ranks):
             torch.testing.assert_close(rank["whole"][name], truth, rtol=1e-7, atol=1e-8,
                                        msg=lambda message: f"{name}: {message}")
     for kind in ("whole", "parts"):
-        for name, value in ranks[0][kind].items():  # to the bit, or the processes would drift apart
+        for name, value in ranks[0][kind].items():  # bit for bit, or the processes would drift apart
             assert all(torch.equal(rank[kind][name], value) for rank in ranks), (kind, name)
 
 

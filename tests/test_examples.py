@@ -94,7 +94,7 @@ def test_sorting_rewards_sorted_digits_which_its_corpus_often_lacks():
         assert task.reward(prompt, answer[:-2]) == 0
     right = sum(task.reward(prompt, text[len(prompt):]) for prompt, text in zip(task.prompts, task.corpus))
     # Half of the texts have two neighbours swapped. Five random digits have 10 (1 - 0.9^5) different ones on
-    # average, so that of the four pairs of sorted neighbours a share is equal, and its swap shows no mistake.
+    # average, so a share of the four pairs of sorted neighbours is equal, and its swap shows no mistake.
     equal = (5 - 10 * (1 - 0.9 ** 5)) / 4
     assert right / len(task.corpus) == pytest.approx(0.5 + 0.5 * equal, abs=0.03)
 

@@ -141,7 +141,7 @@ def test_the_enumeration_is_complete(texts):
 @pytest.mark.parametrize("update", [reinforce, ppo, trpo])
 @pytest.mark.parametrize("estimator", ["returns", "returns less a baseline", "gae"])
 def test_the_policy_gradient_is_unbiased(texts, truth, estimator, update):
-    """With a poor critic too, whose values depend on the state alone."""
+    """Also with a poor critic, whose values depend on nothing but the state."""
     values = make_critic(5)(texts.tokens[:, :-1]).detach()
     assert values.std() > 0.3
     advantages, _ = ADVANTAGES[estimator.split()[0]](texts.rewards, None, values, texts.mask, config())
@@ -219,7 +219,7 @@ def kl_gradients(texts, reference):
     found = {}
     for name, estimate in kl_estimates(policy, reference, texts).items():
         advantages, _ = ADVANTAGES["returns"](estimate.detach(), None, None, texts.mask, config())
-        loss = p @ estimate.sum(1)  # p is a constant: what is sampled cannot be differentiated
+        loss = p @ estimate.sum(1)  # p is a constant, because sampling cannot be differentiated
         found[name] = loss.item(), p @ texts.gradients(advantages), gradient(loss)
     return kl.item(), gradient(kl), found
 
@@ -260,7 +260,7 @@ def values_at_the_cut(texts):
 
 
 def test_a_value_after_the_longest_length_would_bias_the_gradient(texts, truth):
-    """The score of a text that is cut is final, so that nothing follows."""
+    """The score of a text that is cut is final, so nothing follows."""
     for lam in (0.0, 0.95, 1.0):
         assert bias_at_the_cut(texts, truth, lam, None) < 1e-6
         assert bias_at_the_cut(texts, truth, lam, values_at_the_cut(texts)) > 0.05
@@ -303,8 +303,8 @@ def test_gamma_and_lambda_trade_bias_for_variance(texts, truth):
     for gamma in (1.0, 0.8):
         values = imperfect_values(texts, gamma)
         for lam in (1.0, 0.5, 0.0):
-            figures = bias_and_variance(texts, truth, values, gamma, lam)
-            bias[gamma, lam], variance[gamma, lam] = figures
+            measured = bias_and_variance(texts, truth, values, gamma, lam)
+            bias[gamma, lam], variance[gamma, lam] = measured
     assert bias[1.0, 1.0] < 1e-6
     assert min(bias[key] for key in bias if key != (1.0, 1.0)) > 0.01
     for gamma in (1.0, 0.8):
@@ -346,7 +346,7 @@ def main():
                 line += f" {error:20.2f} {cosine:12.2f}"
             print(line)
 
-    print("\npolicy  lambda  bias with a value after the longest length, without")
+    print("\npolicy  lambda  bias with a value after the maximum length, without")
     for seed in range(3):
         texts = Texts(make_policy(seed))
         truth = texts.exact_gradient(texts.rewards.sum(1))

@@ -1,4 +1,4 @@
-"""A reward that is learned from comparisons: its loss, its fit, and a run that is trained on it."""
+"""A reward that is learned from comparisons: its loss, its training, and a run that is trained on it."""
 
 import copy
 import json
@@ -109,7 +109,7 @@ def test_the_loss_and_its_gradient_are_those_of_bradley_and_terry_by_hand(model,
 
 @pytest.mark.parametrize("contrary, best", [(False, 3), (True, 0)])
 def test_the_best_pass_on_held_out_comparisons_counts(policy, tokenizer, contrary, best):
-    """The last where they agree with those of the fit, the first where they contradict them."""
+    """The last where they agree with those of the training, the first where they contradict them."""
     pairs, (model, later) = comparisons(64), (Critic(policy.config, policy).double() for _ in range(2))
     fitted, still = to_batch(pairs, tokenizer, 32, CPU), torch.optim.SGD([torch.zeros(1)], 0.0)
     others = [(prompt, *two[::-1 if contrary else 1]) for prompt, *two in pairs]
@@ -351,9 +351,9 @@ def test_a_run_reports_the_true_reward_and_never_trains_on_it(out):
     assert {row.pop("true_reward") for row in other} == {"-7"}
     lengths = [row.pop("true_reward") for row in whole]
     assert "-7" not in lengths and whole == other
-    figures = json.loads((out / "whole" / "result.json").read_text())["after"]
+    results = json.loads((out / "whole" / "result.json").read_text())["after"]
     samples = [json.loads(line) for line in (out / "whole" / "samples-4.jsonl").read_text().splitlines()]
-    assert figures["true_reward"] == pytest.approx(sum(len(s["completion"]) for s in samples) / 160)
+    assert results["true_reward"] == pytest.approx(sum(len(s["completion"]) for s in samples) / 160)
 
 
 def test_eval_knows_the_learned_reward(out, capsys):

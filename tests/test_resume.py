@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or out of disk space continues as if nothing had happened, to the bit."""
+"""A run that was stopped, killed or out of disk space continues bit for bit as if nothing had happened."""
 
 import functools
 import importlib
@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_to_the_bit(out, interrupt, uninterrupted, algo, nu
     argv = command(out, "--algo", algo, "--name", run.name)
     assert interrupt(argv, number, function, count) == (-number, "")
     assert len(load_checkpoint(run)[3]["history"]) == 6
-    assert 6 < len(rows(run)) <= 6 + 3  # what is repeated is at most the interval between checkpoints
+    assert 6 < len(rows(run)) <= 6 + 3  # it repeats at most the interval between checkpoints
     assert train.main(resume(run)) is None
     assert outcome(run) == uninterrupted(algo)
 

@@ -71,7 +71,7 @@ def test_a_prompt_that_ends_with_a_word_has_the_tokens_of_the_whole_text(corpus,
 
 
 def test_merges_are_as_frequent_in_the_text_as_those_of_tiktokens_trainer():
-    """Ties may be broken otherwise, so that the numbers of occurrences are compared, not the tokens."""
+    """Ties may be broken otherwise, so the numbers of occurrences are compared, not the tokens."""
     rng = random.Random(1)
     words = ["".join(rng.choices("abcdé", k=rng.randrange(1, 9))) for _ in range(60)]
     corpus = [" ".join(rng.choices(words, k=10)) for _ in range(100)] + ["aaaa aaaaa", "a1 12 !?", POEM]
@@ -109,7 +109,7 @@ def test_gpt2_splits_words_as_tiktoken_does():
 
 def test_draw_inverts_the_cumulative_distribution():
     p = torch.tensor([0.125, 0.0, 0.5, 0.25, 0.125, 0.0])
-    uniforms = torch.arange(1, 1025) / 1024  # equally spaced, so that each count is exact
+    uniforms = torch.arange(1, 1025) / 1024  # equally spaced, so each count is exact
     for constant in (0.0, 3.0):  # log-probabilities up to a constant
         drawn = draw((p.log() + constant).expand(1024, 6), uniforms)
         assert torch.equal(drawn, drawn.sort().values)

@@ -282,17 +282,17 @@ def test_an_evaluation_has_pass_at_k_for_rewards_of_0_and_1_and_enough_completio
     binary = replace(task, reward=lambda prompt, text: float(len(text.tokens) > 3))
     for n, names in [(12, []), (16, ["pass_4"]), (70, ["pass_4", "pass_16"])]:
         config.eval_episodes = n
-        figures, samples = train.evaluate(binary, policy, reference, tokenizer, config)
-        assert [name for name in figures if re.fullmatch(r"pass_\d+", name)] == names
+        results, samples = train.evaluate(binary, policy, reference, tokenizer, config)
+        assert [name for name in results if re.fullmatch(r"pass_\d+", name)] == names
         for name in names:
             k = int(name[5:])
             by_prompt = [[s["reward"] for s in samples if s["prompt"] == prompt] for prompt in task.heldout]
             solved = [train.pass_at_k(some, k) for some in by_prompt]
-            assert figures[name] == pytest.approx(fmean(solved))
-            assert figures[f"{name}_ci"] == train.half_width(solved)
-    figures, _ = train.evaluate(task, policy, reference, tokenizer, config)
-    assert "pass_4" not in figures
-    train.print_figures(task, {"before": figures | {"pass_4": 0.5}, "after": figures})
+            assert results[name] == pytest.approx(fmean(solved))
+            assert results[f"{name}_ci"] == train.half_width(solved)
+    results, _ = train.evaluate(task, policy, reference, tokenizer, config)
+    assert "pass_4" not in results
+    train.print_results(task, {"before": results | {"pass_4": 0.5}, "after": results})
     assert "pass@4" not in capsys.readouterr().out
 
 
@@ -496,21 +496,21 @@ def test_evaluations_while_training_leave_their_figures_and_completions(out, cap
     assert re.findall("after [0-9]+$", capsys.readouterr().out, re.M)  == ["after 2", "after 4"]
 
     def evaluations():
-        """{iteration: figures}, {iteration: completions}, of eval.csv and samples-ITERATION.jsonl."""
+        """{iteration: results}, {iteration: completions}, of eval.csv and samples-ITERATION.jsonl."""
         header, *lines = [line.split(",") for line in (run / "eval.csv").read_text().splitlines()]
         table = {int(line[0]): dict(zip(header[1:], map(float, line[1:]))) for line in lines}
         samples = {int(path.stem.removeprefix("samples-")): [*map(json.loads, path.read_text().splitlines())]
                    for path in run.glob("samples-*.jsonl")}
         return table, samples
 
-    figures, samples = evaluations()
-    assert [*figures] == sorted(samples) == [0, 2, 4, 5]
+    results, samples = evaluations()
+    assert [*results] == sorted(samples) == [0, 2, 4, 5]
     for i, name in (0, "before"), (5, "after"):
         expected = {key: math.nan if value is None else value for key, value in result[name].items()}
-        assert figures[i] == pytest.approx(expected, rel=1e-4, nan_ok=True)
-    for i in figures:
+        assert results[i] == pytest.approx(expected, rel=1e-4, nan_ok=True)
+    for i in results:
         assert len(samples[i]) == 16 and {*samples[i][0]} == {"prompt", "completion", "reward", "metric"}
-        assert figures[i]["reward"] == pytest.approx(fmean(s["reward"] for s in samples[i]), rel=1e-4)
+        assert results[i]["reward"] == pytest.approx(fmean(s["reward"] for s in samples[i]), rel=1e-4)
         assert all(s["reward"] == len(s["completion"]) / 10 for s in samples[i])
 
 
@@ -725,7 +725,7 @@ def test_maximum_likelihood_reaches_the_entropy_of_the_texts():
 
 def test_every_token_weighs_the_same_in_pretraining_however_long_its_text(monkeypatch):
     """Of texts of 3 and of 9 tokens, in batches of one length each. Were the loss of each token 1, that of a
-    batch would be its number of tokens, in units of the mean over its pool of eight batches."""
+    batch would be its number of tokens, relative to the mean over its pool of eight batches."""
     losses, rows = [], torch.full((64, 10), -100)
     for i, row in enumerate(rows):
         row[:4 if i % 2 else 10] = i % 2
@@ -891,7 +891,7 @@ def test_evaluate_reports_means_over_held_out_prompts(world):
     task, policy, reference, _, tokenizer, config = world
     asked = []
     task = replace(task, metric=lambda prompt, text: asked.append((prompt, text)) or len(text))
-    figures, samples = train.evaluate(task, policy, reference, tokenizer, config)
+    results, samples = train.evaluate(task, policy, reference, tokenizer, config)
     greedy, pairs = asked[50:], [(sample["prompt"], sample["completion"]) for sample in samples]
     assert pairs == asked[:50]
     assert [sample["reward"] for sample in samples] == [task.reward(*pair) for pair in pairs]
@@ -920,7 +920,7 @@ def test_evaluate_reports_means_over_held_out_prompts(world):
 
     steps = iter(kls)
     kl_less_mean = [sum(islice(steps, n)) - fmean(kls) * n for n in lengths]
-    assert 0 < figures["ended"] < 1
+    assert 0 < results["ended"] < 1
     expected = {
         "reward": rewards.mean().item(), "reward_ci": interval(rewards.tolist()),
         "metric": fmean(map(len, texts)), "metric_ci": interval([*map(len, texts)]),
@@ -930,47 +930,47 @@ def test_evaluate_reports_means_over_held_out_prompts(world):
         "kl": fmean(kls), "entropy": fmean(entropies), "length": fmean(lengths),
         "ended": fmean(text.ended for text in texts),
         "distinct_1": reward.distinct_n(texts, 1), "distinct_2": reward.distinct_n(texts, 2)}
-    assert figures == pytest.approx(expected, rel=1e-3, nan_ok=True)
+    assert results == pytest.approx(expected, rel=1e-3, nan_ok=True)
     again, same = train.evaluate(task, policy, reference, tokenizer, config)
-    assert (again, same) == (pytest.approx(figures, rel=0, abs=0, nan_ok=True), samples)
+    assert (again, same) == (pytest.approx(results, rel=0, abs=0, nan_ok=True), samples)
 
 
 def test_an_interval_is_printed_beside_its_figure(world, capsys):
     task, policy, reference, _, tokenizer, config = world
-    figures, _ = train.evaluate(task, policy, reference, tokenizer, config)
-    train.print_figures(task, {"after": figures})
+    results, _ = train.evaluate(task, policy, reference, tokenizer, config)
+    train.print_results(task, {"after": results})
     printed = capsys.readouterr().out
     for label, name in [("reward", "reward"), ("KL to the reference, nats", "kl")]:
-        assert re.search(rf"^{label} +{figures[name]:.3f} ± {figures[name + '_ci']:.3f}$", printed, re.M)
+        assert re.search(rf"^{label} +{results[name]:.3f} ± {results[name + '_ci']:.3f}$", printed, re.M)
 
 
 def test_the_interval_does_not_shrink_where_completions_of_a_prompt_are_the_same(world):
-    """4 prompts whose rewards depend on the prompt alone: 10,000 completions say no more than 4."""
+    """4 prompts whose rewards depend on nothing but the prompt: 10,000 completions say no more than 4."""
     task, policy, reference, _, tokenizer, config = world
     task = replace(task, reward=lambda prompt, text: "aghk".index(prompt[0]))
     for config.eval_episodes in (4, 400):
-        figures, _ = train.evaluate(task, policy, reference, tokenizer, config)
-        assert figures["reward_ci"] == pytest.approx(3.182 * math.sqrt(5 / 3) / 2)
-    figures, _ = train.evaluate(replace(task, heldout=["a"]), policy, reference, tokenizer, config)
-    assert math.isnan(figures["reward_ci"])
+        results, _ = train.evaluate(task, policy, reference, tokenizer, config)
+        assert results["reward_ci"] == pytest.approx(3.182 * math.sqrt(5 / 3) / 2)
+    results, _ = train.evaluate(replace(task, heldout=["a"]), policy, reference, tokenizer, config)
+    assert math.isnan(results["reward_ci"])
 
 
 def test_eval_repeats_the_figures_of_a_run_and_changes_nothing(out, capsys):
     assert go(out, "--name", "judged") is None
-    figures = read(out / "judged" / "result.json")["after"]
+    results = read(out / "judged" / "result.json")["after"]
     after = [math.nan if value is None else value
-             for name, value in figures.items() if not name.endswith("_ci") and name != "metric"]
-    assert figures["metric"] == figures["reward"]  # the task has no metric, and no second row
+             for name, value in results.items() if not name.endswith("_ci") and name != "metric"]
+    assert results["metric"] == results["reward"]  # the task has no metric, and no second row
     before = contents(out)
     number = r"(nan|-?\d+\.\d+)(?: ± (\S+))?"
     printed = re.findall(rf"^(\S.*?) +{number} +{number}$", capsys.readouterr().out, re.M)
     table = [(label, value) for label, _, _, value, _ in printed]
     intervals = {label: float(ci) for label, *_, ci in printed if ci}
-    assert figures["kl_ci"] is None and not intervals  # one held-out prompt
+    assert results["kl_ci"] is None and not intervals  # one held-out prompt
     assert [float(value) for _, value in table] == pytest.approx(after, abs=6e-4, nan_ok=True)
 
     def evaluated(*options):
-        """The [(label, figure)] that --eval prints."""
+        """The [(label, number)] that --eval prints."""
         assert train.main(["--eval", str(out / "judged"), "--task", str(out / "mine.py"), *options]) is None
         found = re.findall(rf"^(\S.*?) +{number}$", capsys.readouterr().out, re.M)
         return [(label, value) for label, value, _ in found]
@@ -981,7 +981,7 @@ def test_eval_repeats_the_figures_of_a_run_and_changes_nothing(out, capsys):
     assert contents(out) == before
 
 
-# Tasks of one's own.
+# Custom tasks.
 
 def test_a_task_file_brings_its_corpus_reward_and_metric(tmp_path, monkeypatch, capsys):
     more = "def reward(p, c): return -5\ndef politeness(p, c): return 7\nmetric = politeness"

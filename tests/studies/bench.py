@@ -3,8 +3,8 @@
 Parts: fisher, updates, iteration and sampling run by default, in about five minutes. By name only: seconds, a
 default run by its phases and operators; growth, an iteration at growing sizes; memory, an iteration with
 GPT-2's vocabulary and of GPT-2's size; processes, an iteration on two processes and on two threads.
-Machines are shared and noisy. So what is compared runs in turns, and a ratio is the median of the ratios of
-the turns. Run nothing else beside it. OMP_NUM_THREADS sets the number of threads.
+Machines are shared and noisy. Therefore competitors run in turns, and a ratio is the median of the ratios of
+the turns. Run nothing else at the same time. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse
@@ -260,8 +260,8 @@ def sampling():
     return show("Sampling, in forward passes over the finished episodes", rows)
 
 
-PHASES = {"load_or_pretrain": "pretraining", **COLLECTING, "trpo": "update", "fit_critic": "critic's fit",
-          "evaluate": "evaluation", "save_checkpoint": "checkpoints"}
+PHASES = {"load_or_pretrain": "pretraining", **COLLECTING, "trpo": "update",
+          "fit_critic": "training of the critic", "evaluate": "evaluation", "save_checkpoint": "checkpoints"}
 OPERATORS = {"mm": "matrix products", "addmm": "matrix products", "bmm": "matrix products", "gelu": "GELU",
              "_scaled_dot_product": "attention", "native_layer_norm": "layer norm", "_softmax": "softmax",
              "_log_softmax": "softmax", "_fused_adam": "Adam"}  # beginnings of names
@@ -301,7 +301,7 @@ MEMORY = {"of GPT-2's vocabulary": [(algo, 256, 64, 4, 4, 256, 50257) for algo i
 
 
 def one_iteration(algo, batch_size, length, n_layer, n_head, n_embd, vocab_size, warm_up):
-    """An iteration with its critic's fit: {"parameters", "s", "MiB" at most held, "above the start, MiB"}.
+    """An iteration with its critic: {"parameters", "s", "MiB" at most held, "above the start, MiB"}.
 
     warm_up: whether another iteration goes before that which is timed.
     """
@@ -334,11 +334,11 @@ def iterations(title, kinds, warm_up):
 
 
 def growth():
-    return iterations("A TRPO iteration with its critic's fit: more", GROWTH, warm_up=True)
+    return iterations("A TRPO iteration with the training of its critic: more", GROWTH, warm_up=True)
 
 
 def memory():
-    return iterations("An iteration with its critic's fit", MEMORY, warm_up=False)
+    return iterations("An iteration with the training of its critic", MEMORY, warm_up=False)
 
 
 KINDS = {"one process, one thread": (1, 1), "two processes, one thread each": (2, 1),
@@ -366,8 +366,8 @@ def processes(rounds=2):
             single = t.pop("one process, one thread")
             rows.append({"algo": algo, "s": median(single),
                          **{kind: ratio(single, values) for kind, values in t.items()}})
-    return show("An iteration on reviews, critic's fit included: how many times faster than one process with "
-                "one thread", rows)
+    return show("An iteration on reviews, with the training of the critic: how many times faster than one "
+                "process with one thread", rows)
 
 
 PARTS = {part.__name__: part
@@ -377,16 +377,16 @@ PARTS = {part.__name__: part
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file too")
     args = parser.parse_args()
     if set(args.parts) - set(PARTS):
         parser.error(f"choose parts from {', '.join(PARTS)}")
-    figures = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(figures)
+    results = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(results)
     for part in args.parts or ["fisher", "updates", "iteration", "sampling"]:
-        figures |= PARTS[part]()
+        results |= PARTS[part]()
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def numbers(run, goal):
 def table(groups):
     """A line for each group of one task: {"": label, "runs": number, title: (mean, half width, n, runs)}.
 
-    n: the number of runs that have the figure. None if no run of the group has it; a title that no group has
+    n: the number of runs that have this number. None if no run of the group has it; a title that no group has
     is left out.
     """
     goal = common_goal(groups)
@@ -469,7 +469,7 @@ def train_all(planned, script, jobs, finished=lambda run: None):
     """Train what is not finished, `jobs` runs at once. Returns {path: exit status} of the runs that failed.
 
     finished: called with each Planned run when it has been trained. The first run of each pretraining goes
-    ahead alone until its weights are there for the others.
+    ahead by itself until its weights are there for the others.
     """
     waiting = [run for run in planned if run.state != "finished"]
     running = {}  # {process: (run, its start)}

@@ -77,7 +77,7 @@ def smooth(values, width=3):
 
 
 def turn(d, learned, true):
-    """Where the true reward is highest, smoothed, and where it ends: a row of figures."""
+    """Where the true reward is highest, smoothed, and where it ends: a row of numbers."""
     best = max(range(len(true)), key=smooth(true).__getitem__)
     near = next((reward for x, reward in zip(d, smooth(true)) if x >= 1), math.nan)
     return {"true at √KL = 1": near, "best true": smooth(true)[best], "at √KL": d[best],
@@ -119,11 +119,11 @@ def cell(values):
 
 
 def table(title, rows):
-    """Print {label: [a dict of figures for each seed]} as Markdown: mean ± half of the 95% interval."""
+    """Print {label: [a dict of numbers for each seed]} as Markdown: mean ± half of the 95% interval."""
     columns = list(next(iter(rows.values()))[0])
     print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for label, figures in rows.items():
-        print(f"| {label} | {' | '.join(cell([one[column] for one in figures]) for column in columns)} |")
+    for label, seeds in rows.items():
+        print(f"| {label} | {' | '.join(cell([one[column] for one in seeds]) for column in columns)} |")
 
 
 def report(seeds, out):

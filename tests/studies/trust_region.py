@@ -58,7 +58,7 @@ def actions(policy, after, batch, config):
     return map_micro_batches(columns, batch, config)[batch.mask].unbind(-1)
 
 
-def figures(p, ratio, kl, clip):
+def columns_of(p, ratio, kl, clip):
     """{column: number} of an update."""
     outside = ((ratio - 1).abs() > clip).float()
     worst = kl.sort().values[-(len(kl) // 100):]
@@ -103,7 +103,7 @@ def main():
         found = {name: actions(policy, after, batch, config)
                  for name, after in updated(world, critic, batch, seed).items()}
         for name, columns in found.items():
-            rows.setdefault(name, []).append(figures(*columns, config.clip))
+            rows.setdefault(name, []).append(columns_of(*columns, config.clip))
         if seed == 0:
             try:
                 plot(found, config.clip, args.out / "trust_region.png")
