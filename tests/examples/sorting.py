@@ -1,4 +1,4 @@
-"""Sort five digits, after a corpus whose author often swaps two neighbours. A prompt carries its answer."""
+"""Sort five digits. The author of the corpus often swaps two neighbours. A prompt carries its answer."""
 import random
 
 from reward import Text
