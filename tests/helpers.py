@@ -1,9 +1,15 @@
 """What several test files share."""
 
 import csv
+import functools
+import multiprocessing
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +62,34 @@ def rows(run):
     """The rows of a run's metrics.csv as dicts of strings, without the seconds."""
     with open(run / "metrics.csv", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@functools.cache
+def forks():
+    """Starts processes that are forked from one in which everything is imported, within milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch._dynamo"])  # an optimizer imports the latter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        first = context.Process(target=int)
+        first.start()
+        first.join()
+    return context
+
+
+def start_script(script, arguments, output):
+    """A process that runs a script and writes to a file what it prints."""
+    process = forks().Process(target=run_as_main, args=(str(script), [*map(str, arguments)], output))
+    process.start()
+    return process
+
+
+def run_as_main(script, arguments, output):
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 class Malice:

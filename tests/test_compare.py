@@ -11,7 +11,7 @@ import torch
 
 import compare
 import train
-from helpers import ROOT, SMALL, TINY, contents, rows, task_file
+from helpers import ROOT, SMALL, TINY, contents, rows, start_script, task_file
 from model import BadInput
 
 ALGOS, RUNS = ("reinforce", "trpo"), ["mine-reinforce-4", "mine-reinforce-5", "mine-trpo-4", "mine-trpo-5"]
@@ -23,21 +23,36 @@ def command(out, *options):
     return [*TINY, *SMALL, "--task", str(out / "mine.py"), "--out", str(out), *comparison]
 
 
+def start_quickly(run, script):
+    """compare.start_process by `start_script`."""
+    def poll():
+        process.returncode = process.exitcode
+        return process.exitcode
+
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    _, script, *arguments = run.command(script)
+    process = start_script(script, arguments, f"{run.path}.log")
+    process.poll = poll
+    return process
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """The directory of a finished comparison."""
     out = tmp_path_factory.mktemp("runs")
     task_file(out)
-    assert compare.main(command(out)) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "start_process", start_quickly)
+        assert compare.main(command(out)) is None
     return out
 
 
 @pytest.fixture
 def started(monkeypatch):
     """The [(name, state before)] of the runs that are started."""
-    started, original = [], compare.start_process
+    started = []
     monkeypatch.setattr(compare, "start_process", lambda run, script: (
-        started.append((run.path.name, run.state)), original(run, script))[1])
+        started.append((run.path.name, run.state)), start_quickly(run, script))[1])
     return started
 
 

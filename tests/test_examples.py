@@ -16,7 +16,7 @@ import torch
 
 import train
 from algos import Batch, action_log_probs
-from helpers import ROOT, SMALL, TINY, blocks_of_readme, rows, task_file
+from helpers import ROOT, SMALL, TINY, blocks_of_readme, rows, start_script, task_file
 from model import GPT, GPTConfig, Tokenizer
 from reward import Text, load_task
 
@@ -241,12 +241,18 @@ def test_a_loss_is_the_gradient_of_its_objective_by_hand(monkeypatch, name, micr
     torch.testing.assert_close(policy.weight.detach() - logits, expected, rtol=1e-6, atol=1e-9)
 
 
+def run_script(script, output, *arguments):
+    """Run a script in a process. Returns what it printed, which is in the file output, too."""
+    process = start_script(script, arguments, output)
+    process.join()
+    printed = output.read_text(encoding="utf-8")
+    assert process.exitcode == 0, printed
+    return printed
+
+
 def run_example(name, folder, *options):
-    options = [*TINY, *SMALL, "--out", folder, "--task", task_file(folder), *options]
-    command = [sys.executable, EXAMPLES / name, *map(str, options)]
-    done = subprocess.run(command, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    run_script(EXAMPLES / name, folder / "printed", *TINY, *SMALL, "--out", folder, "--task",
+               task_file(folder), *options)
 
 
 @pytest.mark.parametrize("options", ["losses.py --algo gspo --advantage grpo --kl-coef 0",
@@ -359,9 +365,8 @@ def test_the_whole_idea_runs_also_with_the_lines_that_ppo_changes(tmp_path, poli
         assert old in source and step in source
         source = source.replace(old, new).replace(step, textwrap.indent(step, "    "))
     script = task_file(tmp_path, source, "idea.py")
-    done = subprocess.run([sys.executable, script, policy_of_reviews], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"^ *\d+  reward [+-]\d\.\d\d  ", done.stdout, re.M)
+    printed = run_script(script, tmp_path / "printed", policy_of_reviews)
+    assert re.findall(r"^ *\d+  reward [+-]\d\.\d\d  ", printed, re.M)
 
 
 def test_readme_shows_sorting_as_it_is():

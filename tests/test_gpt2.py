@@ -69,7 +69,7 @@ def folder(tmp_path):
     return tmp_path / "gpt2"
 
 
-@pytest.fixture(params=["ours", "gpt2"])
+@pytest.fixture(params=["ours", pytest.param("gpt2", marks=pytest.mark.slow)])
 def run(request, tmp_path, gpt2_vocabulary):
     """A checkpoint of ours, with a tokenizer of either kind."""
     tokenizer = Tokenizer.learn(CORPUS, 300) if request.param == "ours" else Tokenizer.gpt2()
@@ -122,9 +122,12 @@ def same(policy, other):
 
 # Import.
 
+SLOW_FORMS = ["in half precision", "pytorch_model.bin", "only the trunk, in half precision"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["safetensors", "in shards", "in half precision", "pytorch_model.bin",
-                                  "the trunk alone, in half precision, with causal masks"])
+@pytest.mark.parametrize("form", ["safetensors", "in shards",
+                                  *(pytest.param(form, marks=pytest.mark.slow) for form in SLOW_FORMS)])
 def test_we_compute_what_transformers_computes_and_continue_as_it_does(folder, form):
     theirs = make_theirs(CONFIG)
     if "half" in form:
@@ -183,6 +186,7 @@ def test_special_tokens_and_padding_are_left_out(folder):
     assert policy.config == CONFIG and tokenizer.vocab_size == 300
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_is_found_in_its_cache(folder, tmp_path, monkeypatch):
     cached = tmp_path / "hub" / "models--some--gpt2"
     (cached / "refs").mkdir(parents=True)

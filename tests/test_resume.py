@@ -4,7 +4,6 @@ import functools
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -17,25 +16,12 @@ import time
 import pytest
 
 import train
-from helpers import ROOT, SMALL, TINY, rows, task_file
+from helpers import SMALL, TINY, forks, rows, task_file
 from model import load_checkpoint
 
 # Of twelve iterations; a checkpoint follows every third, an evaluation every fourth.
 OPTIONS = [*TINY, *SMALL, "--pretrain-steps", "10", "--iterations", "12", "--save-every", "3",
            "--eval-every", "4"]
-
-
-@pytest.fixture(scope="module")
-def context():
-    """Starts processes that are forked from one in which everything is imported, within milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo"])  # an optimizer imports the latter
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        first = context.Process(target=int)
-        first.start()
-        first.join()
-    return context
 
 
 def command(out, *options):
@@ -97,10 +83,10 @@ def main_with_signal(argv, number, function, count, stderr):
 
 
 @pytest.fixture
-def interrupt(context, tmp_path):
+def interrupt(tmp_path):
     """Runs train.main with a signal at the count-th call of a function. Returns its exit code and stderr."""
     def run(argv, *where):
-        process = context.Process(target=main_with_signal, args=(argv, *where, tmp_path.with_suffix(".txt")))
+        process = forks().Process(target=main_with_signal, args=(argv, *where, tmp_path.with_suffix(".txt")))
         process.start()
         process.join()
         return process.exitcode, tmp_path.with_suffix(".txt").read_text(encoding="utf-8")
@@ -198,11 +184,11 @@ def test_a_run_that_was_killed_in_pretraining_starts_again(tmp_path, interrupt):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_a_run_that_another_process_trains_is_left_alone(out, context, capsys):
+def test_a_run_that_another_process_trains_is_left_alone(out, capsys):
     """Also with --overwrite, by --resume, and before it has a checkpoint."""
     argv = command(out, "--name", "twice")
-    barrier = context.Barrier(2)
-    process = context.Process(target=wait_in_pretraining, args=(argv, barrier))
+    barrier = forks().Barrier(2)
+    process = forks().Process(target=wait_in_pretraining, args=(argv, barrier))
     process.start()
     barrier.wait()
     for again in (argv, [*argv, "--overwrite"]):
@@ -252,13 +238,13 @@ def test_global_random_numbers_of_a_task_are_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_run_survives_kills_at_random_moments(tmp_path, context, kills):
+def test_a_run_survives_kills_at_random_moments(tmp_path, kills):
     rng, task = random.Random(0), ["--task", str(task_file(tmp_path))]
     argv = command(tmp_path, "--algo", "reinforce", "--iterations", 40, "--save-every", 4, "--name", "run")
     whole, run = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
 
     def start(*argv):
-        process = context.Process(target=train.main, args=([*map(str, argv)],))
+        process = forks().Process(target=train.main, args=([*map(str, argv)],))
         process.start()
         return process
 
