@@ -150,6 +150,14 @@ def test_the_other_parts_of_the_benchmark_measure_something(tiny, part):
 
 
 @pytest.mark.slow
+def test_an_iteration_is_compared_with_one_of_trl(tiny):
+    pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+    options = "--pretrain-steps 1 --n-embd 8 --n-head 2 --n-layer 1 --batch-size 8".split()
+    (row,), = bench.trl(1, options).values()
+    assert row["TRL/ours"] == pytest.approx(row["TRL, ms"] / row["ours, ms"])
+
+
+@pytest.mark.slow
 def test_the_phases_of_a_run_add_up():
     phases, operators = bench.seconds(TINY).values()
     shares = [float(row["share"].rstrip("%")) for row in phases]

@@ -2,7 +2,8 @@
 
 Parts: fisher, updates, iteration and sampling run by default, in about five minutes. By name only: seconds, a
 default run by its phases and operators; growth, an iteration at growing sizes; memory, an iteration with
-GPT-2's vocabulary and of GPT-2's size; processes, an iteration on two processes and on two threads.
+GPT-2's vocabulary and of GPT-2's size; processes, an iteration on two processes and on two threads; trl, an
+iteration against one of TRL's RLOOTrainer (`pip install trl`).
 Machines are shared and noisy. Therefore competitors run in turns, and a ratio is the median of the ratios of
 the turns. Run nothing else at the same time. OMP_NUM_THREADS sets the number of threads.
 """
@@ -35,9 +36,9 @@ import algos
 import rollout
 import train
 from algos import Batch, action_log_probs, fisher_vector_product, flatten, log_probs
-from gpt2 import transpose_linear
+from gpt2 import export_gpt2, transpose_linear
 from model import GPT, Critic, GPTConfig, Tokenizer
-from reward import TASKS, Task
+from reward import TASKS, Task, score
 from rollout import sample
 
 SIZE = "batch, tokens, layers, heads, width, vocabulary"
@@ -201,13 +202,18 @@ COLLECTING = {"sample": "sampling", "score_actions": "reward", "log_probs": REFE
               "kl_divergence": REFERENCE, "entropy": REFERENCE}
 
 
-def iteration(rounds=25, options=()):
-    """REINFORCE with leave-one-out on addition, after enough pretraining for answers of the usual length."""
+def pretrained_on_addition(options):
+    """(config, task, policy, tokenizer): RLOO, pretrained until answers have the usual length."""
     config, _ = train.parse(["--task", "addition", "--algo", "reinforce", "--advantage", "rloo",
                              "--group-size", "4", "--pretrain-steps", "300", *options])
     task = TASKS["addition"](0)
     with tempfile.TemporaryDirectory() as config.out, contextlib.redirect_stdout(io.StringIO()):
         policy, tokenizer, _ = train.load_or_pretrain(config, task, torch.device("cpu"))
+    return config, task, policy, tokenizer
+
+
+def iteration(rounds=25, options=()):
+    config, task, policy, tokenizer = pretrained_on_addition(options)
     reference, batches, parts = copy.deepcopy(policy), [], []
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     generators = train.random_generators(0, 0, "cpu")
@@ -227,6 +233,48 @@ def iteration(rounds=25, options=()):
     rows = [{"part": part, "ms": 1000 * median(seconds), "forward passes": ratio(seconds, t["forward"])}
             for part, seconds in t.items()]
     return show(f"An iteration of REINFORCE on addition, {config.batch_size} completions", rows)
+
+
+def trl(rounds=25, options=()):
+    """In turns with TRL's trainer, which begins with the same weights, prompts, reward and options."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    config, task, policy, tokenizer = pretrained_on_addition(options)
+    reference = copy.deepcopy(policy)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
+    generators = train.random_generators(0, 0, "cpu")
+    problems = {str(prompt): prompt for prompt in task.prompts}  # which carry their answers
+    t = {"ours": [], "TRL": []}
+
+    class InTurns(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            middle = time.perf_counter()
+            batch, _ = train.collect(task, policy, reference, None, tokenizer, config, generators)
+            algos.reinforce(policy, batch, optimizer, config)
+            t["TRL"].append(middle - self.start)
+            t["ours"].append(time.perf_counter() - middle)
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_gpt2(policy, tokenizer, f"{folder}/gpt2")
+        theirs = RLOOConfig(
+            output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", disable_tqdm=True, logging_steps=10 ** 9, max_steps=rounds + 1,
+            per_device_train_batch_size=config.batch_size, num_generations=config.group_size,
+            max_completion_length=config.max_new_tokens, learning_rate=config.lr, beta=config.kl_coef,
+            top_k=0)
+        RLOOTrainer(AutoModelForCausalLM.from_pretrained(f"{folder}/gpt2"), args=theirs,
+                    processing_class=AutoTokenizer.from_pretrained(f"{folder}/gpt2", padding_side="left"),
+                    reward_funcs=lambda prompts, completions, **_: score(
+                        task.reward, [problems[prompt] for prompt in prompts], completions),
+                    train_dataset=Dataset.from_dict({"prompt": [*problems]}), callbacks=[InTurns()]).train()
+    rows = [{"ours, ms": 1000 * median(t["ours"][1:]), "TRL, ms": 1000 * median(t["TRL"][1:]),
+             "TRL/ours": ratio(t["TRL"][1:], t["ours"][1:])}]
+    return show(f"An iteration of RLOO on addition, {config.batch_size} completions", rows)
 
 
 def gpt2_of_transformers(policy):
@@ -371,7 +419,7 @@ def processes(rounds=2):
 
 
 PARTS = {part.__name__: part
-         for part in (fisher, updates, iteration, sampling, seconds, growth, memory, processes)}
+         for part in (fisher, updates, iteration, sampling, seconds, growth, memory, processes, trl)}
 
 
 def main():
