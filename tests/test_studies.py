@@ -121,8 +121,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench, "MEMORY", {"each": [(algo, 8, 8, 1, 2, 8, 300) for algo in train.ALGOS]})
     monkeypatch.setattr(bench, "high_water", itertools.count(1.0).__next__)
     corpus = ["1+1=2", "2+1=3"] * 20
-    problem = Text("1+1=", answer="2")
-    addition = Task(corpus, [problem], [problem], accuracy, accuracy)
+    problems = [Text("1+1=", answer="2"), Text("2+1=", answer="3")]
+    addition = Task(corpus, problems, problems, accuracy, accuracy)
     monkeypatch.setattr(bench, "TASKS", {"addition": lambda seed: addition})
     monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
     monkeypatch.setattr(bench, "gpt2_of_transformers", lambda policy: None)
