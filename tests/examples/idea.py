@@ -31,7 +31,7 @@ for iteration in range(1, 41):
     others = (scores.sum(1, keepdim=True) - scores) / 3
     advantages = (scores - others).view(128, 1)
 
-    # Loss: the log-probability of each action of a text, times the advantage of the text.
+    # Loss: minus the mean over all actions of the log-probability times the advantage of the text.
     logp = policy(batch.obs).log_softmax(-1)  # (B, T, V)
     logp = logp.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)  # (B, T), of the actions
     loss = -(logp * advantages)[batch.mask].mean()
