@@ -140,6 +140,8 @@ def test_truncate_equals_its_definition(top_k, top_p):
 @pytest.mark.parametrize("top_p", [0.3, 0.5, 0.75, 0.9, 1.0])
 def test_top_p_with_ties_keeps_as_many_as_transformers(top_p):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not transformers.is_torch_available():
+        pytest.skip("this version of transformers needs a newer torch")
     logits = torch.randint(3, (200, 8), generator=seeded(0)).float()
     theirs = transformers.TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
     ours = top_k_top_p(logits.log_softmax(-1), 0, top_p)
