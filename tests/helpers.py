@@ -77,19 +77,30 @@ def forks():
     return context
 
 
-def start_script(script, arguments, output):
+def start_script(script, arguments, output, **environment):
     """A process that runs a script and writes to a file what it prints."""
-    process = forks().Process(target=run_as_main, args=(str(script), [*map(str, arguments)], output))
+    arguments = [str(script), *map(str, arguments)]
+    process = forks().Process(target=run_as_main, args=(arguments, output, environment))
     process.start()
     return process
 
 
-def run_as_main(script, arguments, output):
+def run_script(script, output, *arguments):
+    """Run a script in a process. Returns what it printed, which is in the file output, too."""
+    process = start_script(script, arguments, output)
+    process.join()
+    printed = output.read_text(encoding="utf-8")
+    assert process.exitcode == 0, printed
+    return printed
+
+
+def run_as_main(argv, output, environment):
+    os.environ.update(environment)
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 class Malice:

@@ -12,7 +12,6 @@ import io
 import json
 import linecache
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from helpers import ROOT, SMALL, TASK, TINY, rows, task_file
+from helpers import ROOT, SMALL, TASK, TINY, rows, run_script, task_file
 
 NAME = "elsewhere"
 SYNCHRONIZE = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
@@ -168,9 +167,7 @@ def run_in_a_process(tmp_path, *algos):
     comparisons = [("the cat", " sat", f" ran {i}") for i in range(9)]
     comparisons += [("the dog", " sat", " ran"), ("the mat", " sat", " ran")]
     task_file(tmp_path, TASK + f"preferences = {comparisons}", "preferences.py")
-    done = subprocess.run([sys.executable, __file__, tmp_path, *algos], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    run_script(__file__, tmp_path / "printed", tmp_path, *algos)
     return json.loads((tmp_path / "result.json").read_text())
 
 

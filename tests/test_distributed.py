@@ -5,6 +5,7 @@ torchrun starts this file: `test_distributed.py FOLDER [OPTIONS of train.py]`.
 
 import copy
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ from algos import (
     reinforce,
     trpo,
 )
-from helpers import ROOT, SMALL, TASK, TINY, rows, task_file
+from helpers import ROOT, SMALL, TASK, TINY, rows, start_script, task_file
 from model import GPT, Critic, GPTConfig, Tokenizer
 from reward import Task, fit_reward
 
@@ -152,6 +153,19 @@ def torchrun(*command, count=2):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def fork_two(output, *arguments):
+    """(exit status, what it printed) of each of two processes of train.py, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    files = [output / f"printed-{rank}" for rank in "01"]
+    started = [start_script(ROOT / "train.py", arguments, file, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank, file in zip("01", files)]
+    for process in started:
+        process.join(timeout=300)
+    return [(process.exitcode, file.read_text(encoding="utf-8")) for process, file in zip(started, files)]
+
+
 def load_results(folder, count):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
@@ -230,10 +244,10 @@ def test_a_process_that_dies_ends_the_job_and_the_run_can_be_resumed(job):
     assert len(rows(folder / "cut")) == 2
     assert not (folder / "cut" / "result.json").exists()
 
-    resumed = torchrun(ROOT / "train.py", "--resume", folder / "cut", "--task", task)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "processes: 2" in resumed.stdout
-    assert resumed.stdout.count("everything is in") == 1  # one process prints for all
+    (status, printed), second = fork_two(folder, "--resume", folder / "cut", "--task", task)
+    assert status == 0, printed
+    assert second == (0, "")  # the first process prints for both
+    assert "processes: 2" in printed and printed.count("everything is in") == 1
     assert len(rows(folder / "whole")) == 4
     assert rows(folder / "cut") == rows(folder / "whole")
     files = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "eval.csv", "samples-0.jsonl",
@@ -242,12 +256,21 @@ def test_a_process_that_dies_ends_the_job_and_the_run_can_be_resumed(job):
         assert {path.name for path in (folder / run).iterdir()} == files
 
 
-@pytest.mark.parametrize("corpus", ["[str(random.Random().random()) for _ in range(20)]",
-                                    pytest.param("[*{f'the cat {i}' for i in range(20)}]",
-                                                 marks=pytest.mark.slow)])
-def test_processes_that_read_different_tasks_are_refused(tmp_path, corpus):
-    source = TASK + f"import random\ncorpus = {corpus}\n"
-    options = [*TINY, *SMALL, "--out", tmp_path / "runs", "--task", task_file(tmp_path, source)]
+def options_with_corpus(folder, corpus):
+    task = task_file(folder, TASK + f"import random\ncorpus = {corpus}\n")
+    return [*TINY, *SMALL, "--out", folder / "runs", "--task", task]
+
+
+def test_processes_that_read_different_tasks_are_refused(tmp_path):
+    for status, printed in fork_two(tmp_path, *options_with_corpus(
+            tmp_path, "[str(random.Random().random()) for _ in range(20)]")):
+        assert status == 2 and printed.startswith("error: the processes have different tasks: ")
+    assert not [*tmp_path.glob("runs/*/*")]
+
+
+@pytest.mark.slow
+def test_a_set_has_another_order_in_another_process(tmp_path):
+    options = options_with_corpus(tmp_path, "[*{f'the cat {i}' for i in range(20)}]")
     done = torchrun(ROOT / "train.py", *options)
     assert done.returncode != 0 and "error: the processes have different tasks: " in done.stderr
     assert not [*tmp_path.glob("runs/*/*")]

@@ -16,7 +16,7 @@ import torch
 
 import train
 from algos import Batch, action_log_probs
-from helpers import ROOT, SMALL, TINY, blocks_of_readme, rows, start_script, task_file
+from helpers import ROOT, SMALL, TINY, blocks_of_readme, rows, run_script, task_file
 from model import GPT, GPTConfig, Tokenizer
 from reward import Text, load_task
 
@@ -239,15 +239,6 @@ def test_a_loss_is_the_gradient_of_its_objective_by_hand(monkeypatch, name, micr
         expected[obs[b, t]] += slope * score
     assert 0 < n_clipped < 16
     torch.testing.assert_close(policy.weight.detach() - logits, expected, rtol=1e-6, atol=1e-9)
-
-
-def run_script(script, output, *arguments):
-    """Run a script in a process. Returns what it printed, which is in the file output, too."""
-    process = start_script(script, arguments, output)
-    process.join()
-    printed = output.read_text(encoding="utf-8")
-    assert process.exitcode == 0, printed
-    return printed
 
 
 def run_example(name, folder, *options):

@@ -237,7 +237,7 @@ def test_global_random_numbers_of_a_task_are_repeated(tmp_path):
     assert len([*(tmp_path / "pretrained").iterdir()]) == 1  # one corpus
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_survives_kills_at_random_moments(tmp_path, kills):
     rng, task = random.Random(0), ["--task", str(task_file(tmp_path))]
     argv = command(tmp_path, "--algo", "reinforce", "--iterations", 40, "--save-every", 4, "--name", "run")
