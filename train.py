@@ -893,11 +893,13 @@ def clear_run_dir(run, resume):
             file.unlink()
 
 
+def digest(path):
+    """The SHA-256 of a file, None if there is no such file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
+
+
 def provenance(run):
     """What a paper needs to say about a run, as plain data."""
-    def digest(path):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
-
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                              text=True)

@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -125,6 +127,30 @@ def test_finished_runs_are_skipped_and_interrupted_ones_resumed(compared, starte
     for run in (RUNS[0], RUNS[3]):
         assert (compared / run / "metrics.csv").read_bytes().count(b"\n") == 3
         assert read(compared / run)["after"] == json.loads(before[compared / run / "result.json"])["after"]
+
+
+def test_runs_of_an_earlier_task_file_or_script_are_refused(compared, started, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "digest", lambda path: "other")
+    assert compare.main(command(compared)) == 2
+    says = f"error: {compared / RUNS[0]} was made with another version of {compared / 'mine.py'}: "
+    assert capsys.readouterr().err.startswith(says) and started == []
+    monkeypatch.undo()
+    run = make_run(tmp_path / "mine-trpo-0", [0, 1], 0.5)
+    result = read(Path(run)) | {"command": ["own.py"], "script_sha256": "other"}
+    (tmp_path / "mine-trpo-0" / "result.json").write_text(json.dumps(result))
+    (tmp_path / "mine-trpo-0" / "checkpoint.pt").touch()
+    config = train.Config(**json.loads((tmp_path / "mine-trpo-0" / "config.json").read_text()))
+    config.out = str(tmp_path)
+    with pytest.raises(BadInput, match="made with another version of .*own.py: give another --out"):
+        compare.state_of(config, ROOT / "tests" / "examples" / "own.py")
+
+
+def test_a_killed_run_is_left_out_and_the_signal_is_named(tmp_path, monkeypatch, capsys):
+    task_file(tmp_path)
+    killed = Mock(poll=lambda: -9, returncode=-9)
+    monkeypatch.setattr(compare, "start_process", lambda run, script: killed)
+    assert compare.main(command(tmp_path, "--algo", "trpo", "--seeds", 1)) == 1
+    assert f"error: {tmp_path / 'mine-trpo-4'} is left out: signal 9 ended it\n" in capsys.readouterr().err
 
 
 def test_runs_with_other_options_are_refused_before_anything_is_trained(compared, started, capsys):

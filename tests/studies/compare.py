@@ -411,7 +411,8 @@ class Planned:
 def state_of(config, script=ROOT / "train.py"):
     """"finished" or "interrupted" for the run that has this Config's name, None if there is none.
 
-    Raises BadInput if it has other options, or was finished by another script. No checkpoint is loaded.
+    Raises BadInput if it has other options, or was finished by another script, or by an earlier version of a
+    custom script or task file. No checkpoint is loaded.
     """
     run = Path(config.out) / config.name
     if config.overwrite or not (run / "checkpoint.pt").exists():
@@ -430,6 +431,10 @@ def state_of(config, script=ROOT / "train.py"):
                            "--overwrite")
     if finished and made_by != script.name:  # whose schedule, for example, is no option
         raise BadInput(f"{run} was made with {made_by}: give another --out, or --overwrite")
+    for file, key in [(script, "script_sha256"), (config.task, "task_sha256")]:
+        if result.get(key) not in (None, train.digest(file)) and Path(file).name != "train.py":
+            raise BadInput(f"{run} was made with another version of {file}: give another --out, or "
+                           "--overwrite")
     return "finished" if finished else "interrupted"
 
 
@@ -486,9 +491,11 @@ def train_all(planned, script, jobs, finished=lambda run: None):
                 run, _ = running.pop(process)
                 if process.returncode == 0:
                     finished(run)
-                else:
-                    failed[run.path] = process.returncode
-                    print(f"\nerror: {run.path} is left out: {last_line(run)}", file=sys.stderr)
+                    continue
+                status = process.returncode
+                failed[run.path] = max(status, 1)
+                reason = last_line(run) if status > 0 else f"signal {-status} ended it"
+                print(f"\nerror: {run.path} is left out: {reason}", file=sys.stderr)
             n_finished = len(planned) - len(waiting) - len(running)
             shown = show_progress(f"{n_finished} of {len(planned)} runs finished", running.values(), shown)
             time.sleep(0.2)
