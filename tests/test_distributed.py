@@ -153,12 +153,12 @@ def torchrun(*command, count=2):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def fork_two(output, *arguments):
+def fork_two(folder, *arguments):
     """(exit status, what it printed) of each of two processes of train.py, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    files = [output / f"printed-{rank}" for rank in "01"]
+    files = [folder / f"printed-{rank}" for rank in "01"]
     started = [start_script(ROOT / "train.py", arguments, file, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
                             MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank, file in zip("01", files)]
     for process in started:
