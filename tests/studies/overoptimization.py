@@ -111,19 +111,9 @@ def best_of(run, seed, counts=N, task="preferences"):
     return {n: tuple(map(fmean, zip(*chosen))) for n, chosen in best.items()}
 
 
-def cell(values):
-    mean, half = compare.interval(list(values))
-    if math.isnan(mean):  # not all seeds have it
-        return "–"
-    return f"{mean:.2f}" + f" ± {half:.2f}" * (len(values) > 1)
-
-
 def table(title, rows):
-    """Print {label: [a dict of numbers for each seed]} as Markdown: mean ± half of the 95% interval."""
-    columns = list(next(iter(rows.values()))[0])
-    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for label, seeds in rows.items():
-        print(f"| {label} | {' | '.join(cell([one[column] for one in seeds]) for column in columns)} |")
+    """Print {label: [{title: number} of each seed]} as Markdown: mean ± half of the 95% interval."""
+    print(f"\n{title}\n\n{compare.markdown(compare.lines_of(rows, 'seeds'))}")
 
 
 def report(seeds, out):
