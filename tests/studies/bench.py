@@ -202,29 +202,41 @@ COLLECTING = {"sample": "sampling", "score_actions": "reward", "log_probs": REFE
               "kl_divergence": REFERENCE, "entropy": REFERENCE}
 
 
-def pretrained_on_addition(options):
-    """(config, task, policy, tokenizer): RLOO, pretrained until answers have the usual length."""
+def rloo_on_addition(options):
+    """(config, task, tokenizer, policy, collect, update), pretrained until answers have the usual length.
+
+    collect() -> Batch and update(batch) are the two halves of an iteration.
+    """
     config, _ = train.parse(["--task", "addition", "--algo", "reinforce", "--advantage", "rloo",
                              "--group-size", "4", "--pretrain-steps", "300", *options])
     task = TASKS["addition"](0)
     with tempfile.TemporaryDirectory() as config.out, contextlib.redirect_stdout(io.StringIO()):
         policy, tokenizer, _ = train.load_or_pretrain(config, task, torch.device("cpu"))
-    return config, task, policy, tokenizer
-
-
-def iteration(rounds=25, options=()):
-    config, task, policy, tokenizer = pretrained_on_addition(options)
-    reference, batches, parts = copy.deepcopy(policy), [], []
+    reference = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
     generators = train.random_generators(0, 0, "cpu")
 
     def collect():
+        return train.collect(task, policy, reference, None, tokenizer, config, generators)[0]
+
+    def update(batch):
+        algos.reinforce(policy, batch, optimizer, config)
+
+    return config, task, tokenizer, policy, collect, update
+
+
+def iteration(rounds=25, options=()):
+    config, _, _, policy, collect, update = rloo_on_addition(options)
+    batches = []
+    parts = []
+
+    def collect_in_parts():
         with timed(COLLECTING) as spent:
-            batches.append(train.collect(task, policy, reference, None, tokenizer, config, generators)[0])
+            batches.append(collect())
         parts.append(spent)
 
-    t = in_turns(rounds, {"collect": collect, "forward": lambda: forward(policy, batches[-1].obs),
-                          "update": lambda: algos.reinforce(policy, batches[-1], optimizer, config)})
+    t = in_turns(rounds, {"collect": collect_in_parts, "forward": lambda: forward(policy, batches[-1].obs),
+                          "update": lambda: update(batches[-1])})
     collected = t.pop("collect")
     del parts[0]  # of the round that does not count
     t |= {label: [spent[label] for spent in parts] for label in parts[0]}
@@ -241,10 +253,7 @@ def trl(rounds=25, options=()):
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
 
-    config, task, policy, tokenizer = pretrained_on_addition(options)
-    reference = copy.deepcopy(policy)
-    optimizer = torch.optim.Adam(policy.parameters(), config.lr, fused=True)
-    generators = train.random_generators(0, 0, "cpu")
+    config, task, tokenizer, policy, collect, update = rloo_on_addition(options)
     problems = {str(prompt): prompt for prompt in task.prompts}  # which carry their answers
     t = {"ours": [], "TRL": []}
 
@@ -254,8 +263,7 @@ def trl(rounds=25, options=()):
 
         def on_step_end(self, *args, **kwargs):
             middle = time.perf_counter()
-            batch, _ = train.collect(task, policy, reference, None, tokenizer, config, generators)
-            algos.reinforce(policy, batch, optimizer, config)
+            update(collect())
             t["TRL"].append(middle - self.start)
             t["ours"].append(time.perf_counter() - middle)
 
