@@ -86,7 +86,7 @@ def option(default, help, low=None, high=1e9, choices=None):
 @dataclass
 class Config:
     task: str = option("reviews", f"{', '.join(TASKS)}, or a Python file that defines a task")
-    algo: str = option("trpo", "algorithm", choices=ALGOS)
+    algo: str = option("trpo", ", ".join(ALGOS))
     advantage: str = option("gae", "advantage estimator", choices=ADVANTAGES)
     name: str = option("", "directory of the run in --out (default TASK-ALGO-SEED, TASK-ALGO-ADVANTAGE-SEED)")
     out: str = option("runs", "directory of all runs and of the pretrained weights")
@@ -1035,6 +1035,9 @@ def parse(argv):
         config = config_of_run(args, given, parser)
     else:
         asked = Config(**given)
+        if "," in asked.algo:
+            parser.error(f"--algo takes one algorithm; python tests/studies/compare.py --algo {asked.algo} "
+                         "compares several")
         defaults = defaults_of(asked.advantage, asked.algo, asked.task)
         if asked.init:
             defaults |= defaults_of_init(asked.init, given, parser)
@@ -1101,13 +1104,13 @@ def check(config):
         value = getattr(config, f.name)
         low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
         types = (int, float) if f.type is float else f.type
-        if not isinstance(value, types):
+        if not isinstance(value, types) or choices and value not in choices:
             raise BadInput(f"{flag(f.name)} cannot be {value!r}")
-        if choices and value not in choices:
-            raise BadInput(f"{flag(f.name)} cannot be {value!r}: choose from {', '.join(choices)}")
         if low is not None and not low <= value <= high:
             raise BadInput(f"{flag(f.name)} must be from {low:g} to {high:g}, not {value}")
     c = config
+    if c.algo not in ALGOS:
+        raise BadInput(f"unknown --algo {c.algo!r}: choose from {', '.join(ALGOS)}")
     if c.n_embd % c.n_head:
         raise BadInput(f"--n-embd {c.n_embd} must be a multiple of --n-head {c.n_head}")
     count = int(os.environ.get("WORLD_SIZE", 1))  # processes
