@@ -471,7 +471,6 @@ def prepare(config, resume, log, custom):
         pretraining = None  # restored below
     else:
         policy, tokenizer, pretraining = load_or_pretrain(config, task, device)
-        check_boundaries([*task.prompts, *task.heldout], task.corpus, tokenizer)
         reference = copy.deepcopy(policy)
         generators = random_generators(config.seed, 0, device)  # the iterations of RL count from 1
         reward_model = learn_reward(task, policy, tokenizer, config, generators)
@@ -595,7 +594,7 @@ def print_results(task, columns):
               "metric": metric, "greedy": f"{metric}, greedy", "kl": "KL to the reference, nats",
               "entropy": "entropy, nats", "distinct_1": "share of distinct words",
               "distinct_2": "share of distinct pairs", "length": "length, tokens", "ended": "ended",
-              "objective": "objective: reward - β·KL"}
+              "objective": "reward - β·KL·length"}
     if metric == "reward":  # a task without a metric
         del labels["metric"]
     print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>16}" for title in columns))
@@ -659,30 +658,34 @@ def load_or_pretrain(config, task, device):
     The weights are those of --init or random, after pretrain_steps on the corpus of the task. They are kept
     in --out/pretrained for the next run that would learn the same. Raises BadInput.
     """
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(config.pretrain_seed)
+    prompts = [*task.prompts, *task.heldout]
     policy = None
     if config.init:
         policy, _, tokenizer, _ = load_checkpoint(config.init, device)
-        if not config.pretrain_steps:
-            return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
     path = Path(config.out) / "pretrained" / f"{pretraining_key(config, task, policy, device)}.pt"
-    check_same("weights, or files of pretrained weights", [path.name, path.exists()])
-    if path.exists():
+    found = path.exists()
+    check_same("weights, or files of pretrained weights", [path.name, found])
+    if found:
         policy, _, tokenizer, more = load_checkpoint(path, device)
         print(f"pretrained weights from {path}")
-        return policy, tokenizer, more["pretraining"]
-
-    start = time.perf_counter()
-    generator = torch.Generator().manual_seed(config.pretrain_seed)
-    if policy is None:
+    elif policy is None:
         if config.tokenizer == "bpe":
-            check_fit([*task.prompts, *task.heldout], split_words, config.max_new_tokens, config.block_size)
+            check_fit(prompts, split_words, config.max_new_tokens, config.block_size)
             tokenizer = Tokenizer.learn(task.corpus, config.vocab_size)
         else:
             tokenizer = Tokenizer.gpt2()
         sizes = (config.block_size, config.n_layer, config.n_head, config.n_embd)
         policy = GPT(GPTConfig(tokenizer.vocab_size, *sizes), generator).to(device)
         print(f"a vocabulary of {tokenizer.vocab_size} tokens (--vocab-size {config.vocab_size})")
-    check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens, config.block_size)
+    check_fit(prompts, tokenizer.encode, config.max_new_tokens, policy.config.block_size)
+    check_boundaries(prompts, task.corpus, tokenizer)
+    if found:
+        return policy, tokenizer, more["pretraining"]
+    if config.init and not config.pretrain_steps:
+        return policy, tokenizer, {"seconds": 0.0, "bits_per_byte": None}
+
     texts = [tokenizer.encode(text) + [tokenizer.eos_token] for text in task.corpus]
     learned, held_out = hold_out_rows(to_rows(texts, config.block_size), generator, config)
     maximize_likelihood(policy, learned, config, generator)
@@ -923,7 +926,7 @@ def report(run, before, after):
     print_results(run.task, {"before": before[0], "after": after[0]})
     if run.config.eval_every:
         print_best(run.evaluations)
-    print(f"pretraining {run.pretraining['seconds']:.0f} s, RL {seconds:.0f} s; everything is in {run.path}")
+    print(f"{seconds:.0f} s of RL; everything is in {run.path}")
 
 
 # The command line.

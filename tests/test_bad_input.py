@@ -21,6 +21,8 @@ TASKS = {
     "lacks": ("prompts = ['a']", "does not define heldout, reward"),
     "brief": (TASK + "corpus = 'one line'", "two different texts"),
     "wide": (TASK + "heldout = ['the' + ' the' * 30]", "context"),
+    # refused before pretraining on this corpus, which would leave a file
+    "spaced": (TASK + "corpus = ['the cat sat.', 'the dog ran.'] * 30; heldout = ['the ']", "within a token"),
     "blank": (TASK + "heldout = ['']", "empty"),
     "onesided": (TASK + "preferences = [('the cat', 'sat')]", "(prompt, better, worse)"),
     "tie": (TASK + "preferences = [('the cat', 'sat', 'sat')]", "the same text twice"),
@@ -189,7 +191,7 @@ ALL += [pytest.param(*case, id=case[0], marks=pytest.mark.slow) for case in SLOW
 
 def complete(words):
     """The options of a command, those of a tiny run included where it begins one."""
-    if {"--resume", "--eval"} & {*words}:
+    if {"--resume", "--eval", "--explain"} & {*words}:
         return words
     words = ["--out", ".", *words]
     words = ["--task", "mine.py", *words]

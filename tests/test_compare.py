@@ -216,7 +216,8 @@ def test_runs_are_grouped_by_their_options_and_not_by_name(tmp_path):
     ([dict(algo="ppo"), dict(algo="ppo", advantage="rloo", whiten=0)],
      ["PPO + GAE", "PPO + RLOO"]),
     ([dict(delta=0.1), dict(delta=0.2, damping=1)], ["TRPO, delta 0.1, damping 0.1",
-                                                     "TRPO, delta 0.2, damping 1"])])
+                                                     "TRPO, delta 0.2, damping 1"]),
+    ([dict(), dict(entropy_coef=0.01)], ["TRPO", "TRPO, entropy_coef 0.01"])])  # an option of a script
 def test_rows_are_labelled_by_what_differs(tmp_path, options, expected):
     sizes = dict(vocab_size=620, max_new_tokens=44)  # of the task
     runs = [compare.read_run(make_run(tmp_path / f"{i}-0", [0, 1], 1, **{**sizes, **one}))

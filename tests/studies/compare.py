@@ -112,8 +112,8 @@ def labels(groups):
             if "advantage" in names:
                 parts[0] += f" + {READABLE.get(options['advantage'], options['advantage'])}"
             for name in names:
-                value = options.get(name)
-                if name != "advantage":
+                if name != "advantage" and name in options:  # a script may have options that others lack
+                    value = options[name]
                     parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
             found.append(", ".join(parts))
         return found
