@@ -426,7 +426,6 @@ def trpo(policy, batch, optimizer, config, generator=None):
         improvement = mean_over_micro_batches(surrogate, batch, config) - surrogate_before
         return improvement, mean_kl(old, policy, batch, config)
 
-    step = torch.zeros_like(x)
     residual = 0.0
     found = None
     if 0 < xFx < math.inf:  # False if the gradient is zero or a product is not finite

@@ -93,8 +93,8 @@ class CausalSelfAttention(nn.Module):
         else:  # T queries, which belong to the last T of S keys: query t sees the keys up to S - T + t
             k, v = cache.append(k, v)  # (B, H, S, D) each
             S = k.shape[2]
-            visible = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-            y = F.scaled_dot_product_attention(q, k, v, visible if T > 1 else None)  # (B, H, T, D)
+            visible = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if T > 1 else None
+            y = F.scaled_dot_product_attention(q, k, v, visible)  # (B, H, T, D)
 
         # the heads side by side again
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -247,7 +247,7 @@ def learn_merges(texts, max_merges):
     Returns the tokens, as bytes, in the order of their merges: at most max_merges, fewer if no pair is left.
     Sennrich et al. 2016, algorithm 1, with the counts of the pairs kept up to date.
     """
-    words = Counter(word for text in texts for word in split_words(text))
+    words = Counter(word for text in texts for word in regex.findall(OUR_SPLIT, replace_surrogates(text)))
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in words}
     counts = Counter()  # how often each pair of neighbours occurs
     found_in = defaultdict(set)  # in which words, also some that have lost the pair, which does no harm
@@ -269,11 +269,6 @@ def learn_merges(texts, max_merges):
             add(word, 1)
         del counts[pair], found_in[pair]
     return tokens
-
-
-def split_words(text):
-    """The words of a text, within which BPE merges bytes. The text has at least as many tokens."""
-    return regex.findall(OUR_SPLIT, replace_surrogates(text))
 
 
 def replace_surrogates(text):
@@ -309,12 +304,7 @@ class Tokenizer:
     @classmethod
     def learn(cls, texts, vocab_size):
         """Learn a vocabulary of at most vocab_size ≥ 257 tokens: 256 bytes, merges, the end of text."""
-        return cls.from_merges(learn_merges(texts, vocab_size - 257))
-
-    @classmethod
-    def from_merges(cls, merges):
-        """The vocabulary with these tokens of several bytes, in the order in which they were learned."""
-        tokens = [*(bytes([i]) for i in range(256)), *merges]
+        tokens = [bytes([i]) for i in range(256)] + learn_merges(texts, vocab_size - 257)
         return cls.from_state({"name": "bpe", "tokens": [token.hex() for token in tokens]})
 
     def state(self):
@@ -347,9 +337,8 @@ class Tokenizer:
 
     def token_bytes(self):
         """The number of bytes in each token, (vocab_size,). The end of text counts as one, like a newline."""
-        sizes = [len(self.encoding.decode_single_token_bytes(token)) for token in range(self.vocab_size)]
-        sizes[self.eos_token] = 1
-        return torch.tensor(sizes)
+        sizes = [len(self.encoding.decode_single_token_bytes(token)) for token in range(self.eos_token)]
+        return torch.tensor([*sizes, 1])
 
 
 # Checkpoints.
@@ -391,8 +380,9 @@ def load_checkpoint(path, device="cpu"):
     """Load a checkpoint. Returns (policy, reference, tokenizer, more).
 
     path: the file, or a run's directory.  more: a dict of everything else that was given to
-    `save_checkpoint`. The reference is a copy of the policy if none was saved. Nothing in the file is
-    executed. Raises BadInput if the file is missing, damaged or inconsistent.
+    `save_checkpoint`; its critic and reward_model are models. The reference is a copy of the policy if none
+    was saved. Nothing in the file is executed. Raises BadInput if the file is missing, damaged or
+    inconsistent.
     """
     path = Path(path) / "checkpoint.pt" if os.path.isdir(path) else Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file, it also takes a name that is too long
@@ -409,10 +399,10 @@ def load_checkpoint(path, device="cpu"):
         policy.load_state_dict(weights)
         reference = GPT(config)
         reference.load_state_dict(state.pop("reference", weights))
-        if "reward_model" in state:
-            reward_model = Critic(config)
-            reward_model.load_state_dict(state["reward_model"])
-            state["reward_model"] = reward_model.to(device).requires_grad_(False)
+        for name in {"critic", "reward_model"} & {*state}:
+            model = Critic(config)
+            model.load_state_dict(state[name])
+            state[name] = model.to(device).requires_grad_(name == "critic")
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged or not a checkpoint of this program ({type(e).__name__})")
     return policy.to(device), reference.to(device), tokenizer, state

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from advantage import all_sum, batch_mean, mean_and_variance, processes
 from algos import Batch, check_finite, map_micro_batches, mean_gradient, minibatches
 from model import BadInput, Critic
-from rollout import Text, check_fit, complete, run_episodes
+from rollout import Text, complete, run_episodes
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,9 @@ def choose_comparisons(task, tokenizer, config, block_size):
     """At most --comparisons of the task's own list, at random. Raises BadInput for one that is too long."""
     count = min(config.comparisons, len(task.preferences))
     comparisons = random.Random(config.seed).sample(task.preferences, count)
-    check_fit(sorted({prompt for prompt, *_ in comparisons}), tokenizer.encode, 1, block_size)
     for prompt, better, worse in comparisons:
+        if not prompt:
+            raise BadInput("the prompt of a preference is empty: give it at least one character")
         longer = max(len(tokenizer.encode(better)), len(tokenizer.encode(worse)))
         n = len(tokenizer.encode(prompt)) + longer + 1  # and the end of text
         if n > block_size:
@@ -387,7 +388,6 @@ def learn_reward(task, policy, tokenizer, config, generators):
     annotated = callable(task.preferences)
 
     # The policy writes two completions of each prompt, for the annotator or for the scale of the rewards.
-    check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens, block_size)
     n = (config.comparisons if annotated else 1000) // count  # 1000 are enough for the scale
     purpose = "to be compared" if annotated else "for the scale of the rewards"
     print(f"reward model: two completions of {n * count} prompts, {purpose}", flush=True)
@@ -472,12 +472,8 @@ class Grammar:
 
     def regex(self, symbol):
         """A regular expression for all texts of a symbol."""
-        alternatives = []
-        for alternative in self.rules[symbol]:
-            pieces = re.split(r"{(\w+)}", alternative)  # literal, symbol, literal, symbol, …, literal
-            alternatives.append("".join(self.regex(piece) if i % 2 else re.escape(piece)
-                                        for i, piece in enumerate(pieces)))
-        return f"(?:{'|'.join(alternatives)})"
+        alternatives = "|".join(map(re.escape, self.rules[symbol]))  # {symbol} has become \{symbol\}
+        return "(?:" + re.sub(r"\\{(\w+)\\}", lambda m: self.regex(m[1]), alternatives) + ")"
 
     def grammatical(self, prompt, completion):
         """1.0 if the grammar contains the whole text, otherwise 0.0."""

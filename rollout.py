@@ -63,7 +63,7 @@ def choose(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
         choice = draw(top_k_top_p(logp, top_k, top_p), uniforms)
     else:
         choice = draw(logp, uniforms)
-    return choice, logp.gather(1, choice[:, None]).squeeze(1)
+    return choice, action_log_probs(logp, choice)
 
 
 @torch.no_grad()
@@ -223,17 +223,14 @@ def complete(task, policy, reference, prompts, tokenizer, config, temperature, g
     return texts
 
 
-def check_fit(prompts, encode, max_new_tokens, block_size):
-    """Raises BadInput that names the first prompt (a text) which cannot be completed in the context.
-
-    encode: text -> its tokens, or, if there are no tokens yet, its words: it has at least as many tokens.
-    """
+def check_fit(prompts, tokenizer, max_new_tokens, block_size):
+    """Raises BadInput that names the first prompt (a text) which cannot be completed in the context."""
     for prompt in prompts:
-        n = len(encode(prompt))
+        n = len(tokenizer.encode(prompt))
         if n == 0:
             raise BadInput("a prompt is empty: give it at least one character")
         if n + max_new_tokens > block_size:
-            raise BadInput(f"the prompt {str(prompt)!r:.200} has at least {n} tokens; {max_new_tokens} more "
+            raise BadInput(f"the prompt {str(prompt)!r:.200} has {n} tokens; {max_new_tokens} more "
                            f"exceed the context of {block_size}: use a shorter prompt, a smaller "
                            "--max-new-tokens, or a model with a larger --block-size")
 
@@ -325,7 +322,7 @@ def main(argv=None):
             tokens = tokenizer.encode(prompt)
             block_size = policy.config.block_size
             room = args.max_new_tokens or max(1, block_size - len(tokens))
-            check_fit([prompt], tokenizer.encode, room, block_size)
+            check_fit([prompt], tokenizer, room, block_size)
             check_boundaries([prompt], [], tokenizer)
             batch = sample(policy, [tokens] * n, room, tokenizer.eos_token, temperature, generator,
                            args.top_k, args.top_p)

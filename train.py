@@ -67,7 +67,6 @@ from model import (
     Tokenizer,
     load_checkpoint,
     save_checkpoint,
-    split_words,
     write_atomically,
 )
 from reward import TASKS, Task, distinct_n, learn_reward, load_task, score, score_actions, use_reward_model
@@ -344,9 +343,8 @@ def options_of_iteration(config, schedule, iteration):
     return now
 
 
-def sum_of_weights(policy, critic):
-    models = [policy] if critic is None else [policy, critic]
-    return sum(p.detach().sum() for model in models for p in model.parameters()).item()
+def sum_of_weights(*models):
+    return sum(p.detach().sum() for model in filter(None, models) for p in model.parameters()).item()
 
 
 # What the loop works with.
@@ -373,11 +371,8 @@ class Run:
     log: object = None  # see `main`
     custom: list = field(default_factory=list)  # whether `collect` and `schedule` are custom
 
-    def evaluate(self, policy=None):
-        return evaluate(self.task, policy or self.policy, self.reference, self.tokenizer, self.config)
-
     def evaluate_and_log(self, iteration):
-        evaluation = self.evaluate()
+        evaluation = evaluate(self.task, self.policy, self.reference, self.tokenizer, self.config)
         self.log_evaluation(iteration, *evaluation)
         if self.config.eval_every:
             self.save(f"checkpoint-{iteration}.pt")
@@ -420,7 +415,7 @@ class Run:
         """Take over what `save` wrote besides the models. Raises BadInput."""
         try:
             for name, module in self.modules().items():
-                module.load_state_dict(saved[name])
+                module.load_state_dict(saved[name].state_dict() if name == "critic" else saved[name])
                 for p, averages in getattr(module, "state", {}).items():  # torch does not check their shapes
                     if isinstance(p, str):  # the state of a custom algorithm
                         continue
@@ -492,7 +487,7 @@ def prepare(config, resume, log, custom):
         if config.iterations < done or (config.iterations == done and has_ended):
             raise BadInput(f"{path} has done {done} iterations: give more --iterations")
 
-    before = run.evaluate(reference)
+    before = evaluate(task, reference, reference, tokenizer, config)
     clear_run_dir(path, resume)
     run.save()  # before any other file: from here --resume repeats the evaluation and writes the others
     write_json(path / "config.json", asdict(config))
@@ -510,17 +505,10 @@ def prepare(config, resume, log, custom):
 def evaluate(task, policy, reference, tokenizer, config):
     """Complete held-out prompts, sampled and greedily, with the same random numbers at every call.
 
-    Returns (results, samples). samples: a dict of prompt, completion, reward and metric for each sampled
-    completion. results: means over the sampled completions, unless this list says otherwise:
-    reward, metric, length, ended, and true_reward if the task has one; greedy, the metric of a greedy
-    completion of each prompt; kl and entropy, means over actions; objective; distinct_1 and distinct_2, the
-    diversity of the completions; pass_4 and pass_16, see `pass_at_k`, if all rewards are 0 or 1 and each
-    prompt has at least 4 or 16 completions; and NAME_ci for some, half the width of the 95% interval, from
-    the means of the prompts, because completions of one prompt are alike.
-    Raises BadInput for prompts that are too long.
+    Returns (results, samples). results: the columns of eval.csv, which EPILOG lists. Intervals are computed
+    from the means of the prompts, because completions of one prompt are alike. samples: a dict of prompt,
+    completion, reward, metric and, if the task has one, true_reward for each sampled completion.
     """
-    check_fit([*task.prompts, *task.heldout], tokenizer.encode, config.max_new_tokens,
-              policy.config.block_size)
     generator = torch.Generator(next(policy.parameters()).device).manual_seed(12345)
     seed_globally(12345)
     prompts = list(islice(cycle(task.heldout), config.eval_episodes))
@@ -578,6 +566,8 @@ def half_width(values):
 
 
 def metric_name(task):
+    if task.metric is task.true_reward:
+        return "true reward"
     return getattr(task.metric, "__name__", "metric").replace("<lambda>", "metric")
 
 
@@ -595,7 +585,7 @@ def print_results(task, columns):
               "entropy": "entropy, nats", "distinct_1": "share of distinct words",
               "distinct_2": "share of distinct pairs", "length": "length, tokens", "ended": "ended",
               "objective": "reward - β·KL·length"}
-    if metric == "reward":  # a task without a metric
+    if metric in ("reward", "true reward"):  # a task without a metric
         del labels["metric"]
     print(f"\n{'on held-out prompts':25}" + "".join(f"{title:>16}" for title in columns))
     for name, label in labels.items():
@@ -672,14 +662,13 @@ def load_or_pretrain(config, task, device):
         print(f"pretrained weights from {path}")
     elif policy is None:
         if config.tokenizer == "bpe":
-            check_fit(prompts, split_words, config.max_new_tokens, config.block_size)
             tokenizer = Tokenizer.learn(task.corpus, config.vocab_size)
         else:
             tokenizer = Tokenizer.gpt2()
         sizes = (config.block_size, config.n_layer, config.n_head, config.n_embd)
         policy = GPT(GPTConfig(tokenizer.vocab_size, *sizes), generator).to(device)
         print(f"a vocabulary of {tokenizer.vocab_size} tokens (--vocab-size {config.vocab_size})")
-    check_fit(prompts, tokenizer.encode, config.max_new_tokens, policy.config.block_size)
+    check_fit(prompts, tokenizer, config.max_new_tokens, policy.config.block_size)
     check_boundaries(prompts, task.corpus, tokenizer)
     if found:
         return policy, tokenizer, more["pretraining"]
@@ -691,14 +680,14 @@ def load_or_pretrain(config, task, device):
     maximize_likelihood(policy, learned, config, generator)
     results = {"bits_per_byte": bits_per_byte(policy, held_out, tokenizer, config),
                "seconds": time.perf_counter() - start}
-    check_finite(results | {"sum of the weights": sum_of_weights(policy, None)})
+    check_finite(results | {"sum of the weights": sum_of_weights(policy)})
     save_checkpoint(path, policy, tokenizer, config=asdict(config), pretraining=results)
     print(f"pretrained weights to {path}: {results['bits_per_byte']:.3f} bits per held-out byte")
     return policy, tokenizer, results
 
 
 def pretraining_key(config, task, policy, device):
-    """A hash of everything that decides the pretrained weights. policy: of --init, or None."""
+    """A hash of what decides the pretrained weights, except --micro-batch. policy: of --init, or None."""
     names = ("pretrain_seed", "pretrain_steps", "pretrain_batch", "pretrain_lr", *INHERITED)
     # The last three change the order of sums, and so the last digits of the weights.
     decides = [task.corpus, *(getattr(config, name) for name in names), torch.get_num_threads(),
@@ -976,8 +965,9 @@ columns of metrics.csv
 
 columns of eval.csv, over completions of held-out prompts
   reward, metric           means of the reward and of the task's metric
-  greedy                   the metric of greedy completions
-  pass_4, pass_16          probability that one of k completions has reward 1, if all rewards are 0 or 1
+  greedy                   the metric of a greedy completion of each prompt
+  pass_4, pass_16          probability that one of k completions of a prompt has reward 1, if all
+                           rewards are 0 or 1 and each prompt has at least k completions
   NAME_ci                  for some columns NAME: half the width of its 95% interval over prompts
   kl, entropy, objective, length, ended, true_reward   as above
   distinct_1, distinct_2   share of different words, or pairs of words, among the first 1,000; nan if fewer
@@ -1154,12 +1144,9 @@ def load_run(config):
     """(task, policy, reference, critic, tokenizer) of a run. critic: None if it has none. Raises BadInput."""
     device = set_up(config)
     policy, reference, tokenizer, saved = load_checkpoint(Path(config.out) / config.name, device)
-    critic = None
-    if "critic" in saved:
-        critic = Critic(policy.config).to(device)
-        critic.load_state_dict(saved["critic"])
     task = use_reward_model(load_seeded_task(config), saved.get("reward_model"), tokenizer, config)
-    return task, policy, reference, critic, tokenizer
+    check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
+    return task, policy, reference, saved.get("critic"), tokenizer
 
 
 def evaluate_again(config):

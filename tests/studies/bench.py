@@ -363,7 +363,8 @@ def one_iteration(algo, batch_size, length, n_layer, n_head, n_embd, vocab_size,
     """
     config, _ = train.parse(["--algo", algo, "--batch-size", str(batch_size),
                              "--max-new-tokens", str(length - 1), "--target-kl", "1000"])
-    tokenizer = Tokenizer.from_merges([f"{i:05}".encode() for i in range(vocab_size - 257)])
+    tokens = [bytes([i]) for i in range(256)] + [f"{i:05}".encode() for i in range(vocab_size - 257)]
+    tokenizer = Tokenizer.from_state({"name": "bpe", "tokens": [token.hex() for token in tokens]})
     policy = GPT(GPTConfig(vocab_size - 1, length, n_layer, n_head, n_embd))  # no end of text: all are full
     task = Task([], ["a"], ["a"], lambda prompt, completion: completion.count("1"), None)
     before = high_water()
