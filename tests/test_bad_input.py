@@ -66,7 +66,7 @@ def zoo(tmp_path_factory):
         "checkpoint.pt": {
             "torn": whole[:len(whole) // 2],
             "malice": {**state, "policy": malice}, "spy": {**state, "reward_model": malice},
-            "misfit": {**state, "reward_model": {"mean": torch.zeros(())}},
+            "misfit": {**state, "reward_model": {"mean": torch.zeros(())}}, "critic": {**state, "critic": {}},
             "optimizer": {**state, "critic_optimizer": misshapen},
             "temperature": {**state, "config": {**state["config"], "temperature": math.nan}},
             "short": {key: value for key, value in state.items() if key != "optimizer"}},
@@ -97,7 +97,9 @@ COMMANDS = """
     --algo dqn => dqn ; --task chess => chess ; --iterations many
     --batch-size 18 => --group-size ; --advantage rloo --group-size 1 => --group-size ; --name a/b
     --name good => --resume good ; --max-new-tokens 64 => context ; --out file/below => file
-    --task lacks.py => does not define heldout, reward
+    --task lacks.py => does not define heldout, reward ; --task spaced.py => within a token
+    --explain good --task wide.py => context ; --explain checkpoint-critic --task mine.py => checkpoint-critic
+    --eval checkpoint-critic --task mine.py => checkpoint-critic
     --init nowhere => nowhere ; --init good --n-layer 2 => --n-layer
     --resume nowhere => nowhere ; --resume good --task mine.py => --iterations ; --resume good => --task
     --resume checkpoint-torn --task mine.py --iterations 3 => checkpoint-torn
