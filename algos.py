@@ -328,9 +328,9 @@ def fisher_vector_product(policy, batch, config, outputs=None):
     F = E[Dᵀ (diag p - p pᵀ) D] is positive semi-definite, and it needs no second derivative with respect to
     the weights.
 
-    A product takes two backward passes.
+    A product takes two backward passes, after one that all products share.
     1. D v. Autograd gives Dᵀu, not D v, but one turns into the other: let f(u) = Dᵀu for u (B, T, A). Then
-       f(u)·v = u·(D v) is linear in u, so its derivative with respect to u is D v, whatever u is; here u = 0.
+       f(u)·v = u·(D v) is linear in u, so its derivative with respect to u is D v at any u. Here u is 0, and
        f(u) is computed once for all products.
     2. Dᵀ (diag p - p pᵀ) D v: D v is sent back through the softmax, whose derivative is diag p - p pᵀ,
        and the network.

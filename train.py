@@ -210,7 +210,7 @@ def scored_episodes(task, policy, reference, tokenizer, config, generators):
     # A reward that is one number is the score of the last action; the other actions get 0.
     numbers = [number for row in score_actions(task.reward, prompts, completions) for number in row]
     scores = torch.zeros_like(batch.logprobs)  # (B, T)
-    scores[batch.mask] = torch.tensor(numbers, device=scores.device)
+    scores[batch.mask] = torch.tensor(numbers, device=scores.device)  # row by row
     batch.scores = scores.sum(1)  # (B,)
     batch.rewards = token_rewards(scores, batch.mask, batch.logprobs, batch.ref_logprobs, config.kl_coef)
     return batch, prompts, completions
@@ -227,7 +227,7 @@ def add_advantages(batch, critic, config):
     batch.values = torch.zeros_like(rewards)
     if critic is not None:
         mean, variance = mean_and_variance(batch.returns, mask)
-        critic.rescale_output(mean, variance.sqrt())  # a trained critic keeps its values
+        critic.rescale_output(mean, variance.sqrt())  # to their scale; a trained critic keeps its values
         batch.values = map_micro_batches(lambda part: critic(part.obs), batch, config)  # without a graph
 
     estimator = ADVANTAGES[config.advantage]
@@ -1154,7 +1154,7 @@ def evaluate_again(config):
     task, policy, reference, _, tokenizer = load_run(config)
     results, samples = evaluate(task, policy, reference, tokenizer, config)
     print(*(sample["prompt"] + sample["completion"] for sample in samples[:6]), sep="\n")
-    print_results(task, {"after": results})
+    print_results(task, {"now": results})
 
 
 def explain(config):
