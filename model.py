@@ -369,8 +369,8 @@ def write_atomically(path, write):
 def save_checkpoint(path, policy, tokenizer, **more):
     """Write the file that `load_checkpoint` reads.
 
-    more: state_dicts and plain data. Two of the state_dicts become models again when they are loaded:
-    `reference`, of a policy, and `reward_model`, of a Critic.
+    more: state_dicts and plain data. Three of the state_dicts become models again when they are loaded:
+    `reference`, of a policy, and `critic` and `reward_model`, of a Critic.
     """
     state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state()}
     write_atomically(path, lambda file: torch.save(state | more, file))

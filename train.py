@@ -462,6 +462,7 @@ def prepare(config, resume, log, custom):
         if saved.get("custom", custom) != custom:
             raise BadInput(f"{path} was trained with another `collect` or `schedule`: give --resume to the "
                            "script that it was trained with")
+        check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
         reward_model = saved.get("reward_model")
         pretraining = None  # restored below
     else:

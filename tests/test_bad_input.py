@@ -74,6 +74,7 @@ def zoo(tmp_path_factory):
             "torn": b"{", "list": b"[]", "nested": b"[" * 200_000,
             "unknown": edited(no_such_option=1), "type": edited(lr="fast"), "nan": edited(lr=float("nan")),
             "choice": edited(tokenizer="words"), "range": edited(gamma=7.0),
+            "long": edited(max_new_tokens=23),
             "estimator": edited(advantage="mine"), "script": edited(algo="awr")}}
     for file, contents_by_name in damages.items():
         for name, content in contents_by_name.items():
@@ -100,6 +101,7 @@ COMMANDS = """
     --task lacks.py => does not define heldout, reward ; --task spaced.py => within a token
     --explain good --task wide.py => context ; --explain checkpoint-critic --task mine.py => checkpoint-critic
     --eval checkpoint-critic --task mine.py => checkpoint-critic
+    --resume config-long --task mine.py --iterations 3 => context
     --init nowhere => nowhere ; --init good --n-layer 2 => --n-layer
     --resume nowhere => nowhere ; --resume good --task mine.py => --iterations ; --resume good => --task
     --resume checkpoint-torn --task mine.py --iterations 3 => checkpoint-torn
