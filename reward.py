@@ -290,7 +290,7 @@ def to_batch(comparisons, tokenizer, block_size, device):
 
 
 def choose_comparisons(task, tokenizer, config, block_size):
-    """At most --comparisons of the task's own list, at random. Raises BadInput for empty or too long texts."""
+    """At most --comparisons of the task's own list, at random. Raises BadInput for unfit texts."""
     count = min(config.comparisons, len(task.preferences))
     comparisons = random.Random(config.seed).sample(task.preferences, count)
     for prompt, better, worse in comparisons:
