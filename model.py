@@ -369,8 +369,8 @@ def write_atomically(path, write):
 def save_checkpoint(path, policy, tokenizer, **more):
     """Write the file that `load_checkpoint` reads.
 
-    more: state_dicts and plain data. Three of the state_dicts become models again when they are loaded:
-    `reference`, of a policy, and `critic` and `reward_model`, of a Critic.
+    more: state_dicts and plain data. Two of the state_dicts become models again when they are loaded:
+    `reference`, of a policy, and `reward_model`, of a Critic.
     """
     state = {"model": asdict(policy.config), "policy": policy.state_dict(), "tokenizer": tokenizer.state()}
     write_atomically(path, lambda file: torch.save(state | more, file))
@@ -380,7 +380,7 @@ def load_checkpoint(path, device="cpu"):
     """Load a checkpoint. Returns (policy, reference, tokenizer, more).
 
     path: the file, or a run's directory.  more: a dict of everything else that was given to
-    `save_checkpoint`; its critic and reward_model are models. The reference is a copy of the policy if none
+    `save_checkpoint`; its reward_model is a model. The reference is a copy of the policy if none
     was saved. Nothing in the file is executed. Raises BadInput if the file is missing, damaged or
     inconsistent.
     """
@@ -399,10 +399,10 @@ def load_checkpoint(path, device="cpu"):
         policy.load_state_dict(weights)
         reference = GPT(config)
         reference.load_state_dict(state.pop("reference", weights))
-        for name in {"critic", "reward_model"} & {*state}:
-            model = Critic(config)
-            model.load_state_dict(state[name])
-            state[name] = model.to(device).requires_grad_(name == "critic")
+        if "reward_model" in state:
+            reward_model = Critic(config)
+            reward_model.load_state_dict(state["reward_model"])
+            state["reward_model"] = reward_model.to(device).requires_grad_(False)
     except Exception as e:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged or not a checkpoint of this program ({type(e).__name__})")
     return policy.to(device), reference.to(device), tokenizer, state

@@ -415,7 +415,7 @@ class Run:
         """Take over what `save` wrote besides the models. Raises BadInput."""
         try:
             for name, module in self.modules().items():
-                module.load_state_dict(saved[name].state_dict() if name == "critic" else saved[name])
+                module.load_state_dict(saved[name])
                 for p, averages in getattr(module, "state", {}).items():  # torch does not check their shapes
                     if isinstance(p, str):  # the state of a custom algorithm
                         continue
@@ -1144,10 +1144,18 @@ def set_up(config):
 def load_run(config):
     """(task, policy, reference, critic, tokenizer) of a run. critic: None if it has none. Raises BadInput."""
     device = set_up(config)
-    policy, reference, tokenizer, saved = load_checkpoint(Path(config.out) / config.name, device)
+    path = Path(config.out) / config.name
+    policy, reference, tokenizer, saved = load_checkpoint(path, device)
+    critic = None
+    if "critic" in saved:
+        critic = Critic(policy.config).to(device)
+        try:
+            critic.load_state_dict(saved["critic"])
+        except Exception as e:  # a damaged file can raise nearly anything
+            raise BadInput(f"the critic in {path} is damaged ({type(e).__name__})")
     task = use_reward_model(load_seeded_task(config), saved.get("reward_model"), tokenizer, config)
     check_fit([*task.prompts, *task.heldout], tokenizer, config.max_new_tokens, policy.config.block_size)
-    return task, policy, reference, saved.get("critic"), tokenizer
+    return task, policy, reference, critic, tokenizer
 
 
 def evaluate_again(config):

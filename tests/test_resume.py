@@ -46,7 +46,7 @@ def outcome(run):
     """All that a run leaves but times: metrics, evaluations, weights, and the state of both optimizers."""
     policy, reference, _, more = load_checkpoint(run)
     result = json.loads((run / "result.json").read_text())
-    states = [policy.state_dict(), reference.state_dict(), more["critic"].state_dict()]
+    states = [policy.state_dict(), reference.state_dict(), more["critic"]]
     states += [state for name in ("optimizer", "critic_optimizer") for state in more[name]["state"].values()]
     tensors = [tensor.tolist() for state in states for tensor in state.values()]
     lines = (run / "eval.csv").read_text().splitlines()[1:]
